@@ -1,0 +1,577 @@
+# SPDX-License-Identifier: MIT
+"""The settings of a relay: one typed model for the renderer and for every service.
+
+The file is an ini with one section, ``[params]``, and the keys of existing chatmail relays, so that
+an operator can bring theirs. Every key is declared once, in `Config`, with its parser, default and
+help text; the commented default file and the manual page are made from that declaration.
+
+Reading never guesses: an unknown key, a wrong unit or an impossible combination is a `Problem` with
+file, line, value and remedy, all of them at once, before anybody acts on half a configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import iniconfig
+
+SECTION = "params"
+DEFAULT_PATH = Path("/etc/chatmail/chatmaild/chatmail.ini")
+SELF_SIGNED_CERT = "/var/lib/chatmail/tls/self-signed.crt"
+SELF_SIGNED_KEY = "/var/lib/chatmail/tls/self-signed.key"
+
+
+class Problem(NamedTuple):
+    """One thing wrong with a settings file; *line* is None where no line is to blame."""
+
+    path: str
+    line: int | None
+    key: str
+    value: str
+    message: str
+    remedy: str
+
+    def __str__(self) -> str:
+        where = self.path if self.line is None else f"{self.path}:{self.line}"
+        what = f"{self.key} = {self.value}: " if self.key else ""
+        return f"{where}: {what}{self.message}. {self.remedy}"
+
+
+class ConfigError(Exception):
+    """The settings file cannot be used; `problems` says why, in the order of the file."""
+
+    def __init__(self, problems: list[Problem]):
+        super().__init__("\n".join(str(problem) for problem in problems))
+        self.problems = problems
+
+
+class _Invalid(ValueError):
+    """Raised by a parser: args are the message and the remedy."""
+
+
+# --- parsers: text of the file -> typed value ------------------------------------------------------
+
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")
+_FIRST_LABEL = re.compile(r"_?[a-z0-9]([a-z0-9-]{0,60}[a-z0-9])?\Z")
+_LOCALPART = re.compile(r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}\Z")
+_PATH = re.compile(r"/[A-Za-z0-9@_./\[\]:+-]*\Z")
+_SIZE = re.compile(r"([0-9]+)\s*([GM]?)B?\Z", re.IGNORECASE)
+_MEGABYTE = 1024 * 1024
+
+
+def _domain(text: str) -> str:
+    name = text.lower()
+    example = 'Write a full domain name such as "chat.example.org"'
+    if not name.isascii():
+        raise _Invalid("not ASCII", "Write an international name in its xn-- form")
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        pass
+    else:
+        raise _Invalid("an IP address is not a mail domain", example)
+    if name.endswith("."):
+        raise _Invalid("ends with a dot", example)
+    labels = name.split(".")
+    if len(labels) < 2:
+        raise _Invalid("not a full domain name", example)
+    if len(name) > 253:
+        raise _Invalid("longer than 253 characters", example)
+    if not _FIRST_LABEL.match(labels[0]) or not all(_LABEL.match(label) for label in labels[1:]):
+        raise _Invalid("not a valid domain name", example)
+    if labels[-1].isdigit():
+        raise _Invalid("a top-level domain is not a number", example)
+    return name
+
+
+def _integer(low: int, high: int, unit: str) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.match(r"-?[0-9]+\Z", text):
+            raise _Invalid("not a whole number", f"Write a number of {unit}")
+        if not low <= int(text) <= high:
+            raise _Invalid("out of range", f"Write a number of {unit} from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def _load(text: str) -> float:
+    if not re.match(r"[0-9]+(\.[0-9]+)?\Z", text) or float(text) == 0:
+        raise _Invalid("not a load", 'Write a number above 0 such as "5" or "2.5"')
+    return float(text)
+
+
+def _size(text: str) -> int:
+    match = _SIZE.match(text)
+    if not match:
+        raise _Invalid("not a size", 'Write a size such as "500M" or "2G"')
+    return int(match[1]) * _MEGABYTE * (1024 if match[2].upper() == "G" else 1)
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "yes", "on", "1"):
+        return True
+    if text.lower() in ("false", "no", "off", "0"):
+        return False
+    raise _Invalid("neither true nor false", 'Write "true" or "false"')
+
+
+def _text(text: str) -> str:
+    if any(ord(char) < 32 and char != "\n" for char in text):
+        raise _Invalid("contains control characters", "Write plain text")
+    return text
+
+
+def is_address(text: str) -> bool:
+    """Whether *text* is one plain mail address, user@domain (RFC 5321 dot-string only)."""
+    local, separator, domain = text.rpartition("@")
+    try:
+        return bool(separator and _LOCALPART.match(local) and _domain(domain))
+    except _Invalid:
+        return False
+
+
+def _address(text: str) -> str:
+    if text and not is_address(text):
+        raise _Invalid("not a mail address", 'Write an address such as "admin@example.org"')
+    return text
+
+
+def _senders(text: str) -> list[str]:
+    for item in text.split():
+        if not is_address(item):
+            raise _Invalid(f"{item} is not a mail address", "Separate full addresses by spaces")
+    return [item.lower() for item in text.split()]
+
+
+def _recipients(text: str) -> list[str]:
+    for item in text.split():
+        if not is_address("user" + item if item.startswith("@") else item):
+            raise _Invalid(
+                f"{item} is neither an address nor @domain", "Separate addresses by spaces"
+            )
+    return [item.lower() for item in text.split()]
+
+
+def _path(text: str) -> str:
+    if not _PATH.match(text) or ".." in text.split("/"):
+        raise _Invalid(
+            "not a plain absolute path", "Write a path that starts with / and has no spaces"
+        )
+    return os.path.normpath(text)
+
+
+def _cert_and_key(text: str) -> tuple[str, str] | None:
+    if not text:
+        return None
+    paths = text.split()
+    if len(paths) != 2:
+        raise _Invalid(
+            "not exactly two paths",
+            'Write the certificate chain and the key: "/etc/ssl/x/fullchain.pem /etc/ssl/x/key.pem"',
+        )
+    return _path(paths[0]), _path(paths[1])
+
+
+def _tls(text: str) -> str:
+    if text not in ("self", "external"):
+        raise _Invalid("unknown way to get a certificate", 'Write "self" or "external"')
+    return text
+
+
+def _url(text: str) -> str:
+    if text and not re.match(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?(/[!-~]*)?\Z", text):
+        raise _Invalid("not a URL", 'Write a URL such as "https://iroh.example.org", or nothing')
+    return text
+
+
+def _selector(text: str) -> str:
+    if not re.match(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z", text):
+        raise _Invalid("not a DKIM selector", 'Write a short name such as "chatmail"')
+    return text
+
+
+def _host(text: str) -> str:
+    if text and not re.match(r"[a-zA-Z0-9.:-]+\Z", text):
+        raise _Invalid("not an address to listen on", 'Write an address such as "127.0.0.1"')
+    return text
+
+
+# --- the model -------------------------------------------------------------------------------------
+
+
+def _setting(parse: Callable[[str], Any], default: str | None, help: str, group: str = "") -> Any:
+    return field(
+        metadata={"parse": parse, "default": default, "help": help, "group": group}, default=None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The settings of one relay. Sizes are bytes, ages are days; see each field's help text."""
+
+    mail_domain: str = _setting(
+        _domain,
+        None,
+        'What follows the "@" in the addresses of this relay. A name that starts with "_" has a '
+        "self-signed certificate that clients accept.",
+        "The relay",
+    )
+    tls: str = _setting(
+        _tls,
+        None,
+        'Where the certificate comes from: "self" (made by the relay) or "external" (the files of '
+        "tls_external_cert_and_key). If unset: external where those files are given, else self.",
+    )
+    tls_external_cert_and_key: tuple[str, str] | None = _setting(
+        _cert_and_key, "", "Paths of the certificate chain and of its private key, PEM."
+    )
+    disable_ipv6: bool = _setting(_boolean, "false", "Listen on IPv4 only.")
+    dkim_selector: str = _setting(
+        _selector,
+        "chatmail",
+        "Name of the DKIM key in the DNS: SELECTOR._domainkey.DOMAIN.",
+    )
+
+    max_user_send_per_minute: int = _setting(
+        _integer(1, 100000, "messages a minute"),
+        "60",
+        "Messages a minute one address may send on average.",
+        "Limits",
+    )
+    max_user_send_burst_size: int = _setting(
+        _integer(1, 100000, "messages"), "10", "Messages one address may send at once."
+    )
+    max_mailbox_size: int = _setting(
+        _size, "500M", "Storage of one mailbox; a bare number is in megabytes."
+    )
+    max_message_size: int = _setting(
+        _integer(65536, 1 << 30, "bytes"),
+        "31457280",
+        "Size of one message as sent, in bytes. A file grows by about 40 % on the way.",
+    )
+    max_imap_connections: int = _setting(
+        _integer(10, 1000000, "connections"), "10000", "IMAP sessions at a time."
+    )
+    max_smtp_connections: int = _setting(
+        _integer(5, 100000, "connections"),
+        "1000",
+        "Submission sessions at a time, and five times those of one client address.",
+    )
+
+    username_min_length: int = _setting(
+        _integer(1, 64, "characters"),
+        "9",
+        'Length of the part before the "@" in a new address. Clients invent 9 characters.',
+        "New addresses",
+    )
+    username_max_length: int = _setting(_integer(1, 64, "characters"), "9", "The longest one.")
+    password_min_length: int = _setting(
+        _integer(1, 128, "characters"), "9", "Clients invent 22 characters."
+    )
+    max_load_1m: float = _setting(
+        _load, "5", "No new addresses while the load average of one minute is above this."
+    )
+    min_available_memory: int = _setting(
+        _size, "200M", "No new addresses while less memory than this is available."
+    )
+    min_free_disk_space: int = _setting(
+        _size, "1G", "No new addresses while less disk space than this is free."
+    )
+
+    delete_mails_after: int = _setting(
+        _integer(1, 36500, "days"), "20", "Days until a message is deleted.", "Retention"
+    )
+    delete_large_after: int = _setting(
+        _integer(1, 36500, "days"), "7", "Days until a read message above 200 kB is deleted."
+    )
+    delete_inactive_users_after: int = _setting(
+        _integer(1, 36500, "days"), "90", "Days without login until an address is deleted."
+    )
+
+    passthrough_senders: list[str] = _setting(
+        _senders,
+        "",
+        "Addresses of this relay that may send unencrypted mail, separated by spaces.",
+        "Exceptions from encryption",
+    )
+    passthrough_recipients: list[str] = _setting(
+        _recipients,
+        "",
+        'Addresses, or "@domain", that may be sent unencrypted mail, separated by spaces.',
+    )
+
+    privacy_postal: str = _setting(
+        _text, "", "Postal address of the operator, for the privacy page.", "Contact"
+    )
+    privacy_mail: str = _setting(_address, "", "Mail address of the operator.")
+    privacy_pdo: str = _setting(_text, "", "Data protection officer.")
+    privacy_supervisor: str = _setting(_text, "", "Supervisory authority.")
+    acme_email: str = _setting(
+        _address, "", "Contact address for the certificate authority.", "Services"
+    )
+    iroh_relay: str | None = _setting(
+        _url, None, "URL of an iroh relay to announce instead of none."
+    )
+    mtail_address: str = _setting(_host, "", "Address that serves metrics, if they are installed.")
+    imap_rawlog: bool = _setting(
+        _boolean, "false", "Keep what clients say in *.in and *.out files. For debugging only."
+    )
+    imap_compress: bool = _setting(_boolean, "false", "Offer IMAP COMPRESS.")
+    mailboxes_dir: str = _setting(
+        _path, None, "Directory of the mailboxes. If unset: /var/lib/chatmail/mail/DOMAIN."
+    )
+
+    @property
+    def is_underscore_domain(self) -> bool:
+        """Clients and relays accept a self-signed certificate of a name that starts with "_"."""
+        return self.mail_domain.startswith("_")
+
+    @property
+    def tls_cert(self) -> str:
+        """Path of the certificate chain, PEM."""
+        if self.tls == "external" and self.tls_external_cert_and_key:
+            return self.tls_external_cert_and_key[0]
+        return SELF_SIGNED_CERT
+
+    @property
+    def tls_key(self) -> str:
+        """Path of the private key, PEM, readable by root only."""
+        if self.tls == "external" and self.tls_external_cert_and_key:
+            return self.tls_external_cert_and_key[1]
+        return SELF_SIGNED_KEY
+
+
+FIELDS = {item.name: item for item in dataclasses.fields(Config)}
+
+# keys of older relays that mean nothing any more, and what to do about each
+OBSOLETE = {
+    "www_folder": "Put your own pages into /etc/chatmail/www/",
+    "filtermail_smtp_port": "The filter listens on a unix socket",
+    "filtermail_smtp_port_incoming": "The filter listens on a unix socket",
+    "filtermail_http_port_incoming": "The filter listens on a unix socket",
+    "filtermail_lmtp_port_transport": "The filter listens on a unix socket",
+    "filtermail_host": "The filter listens on a unix socket",
+    "postfix_host": "The filter listens on a unix socket",
+    "postfix_reinject_port": "Messages are not re-injected any more",
+    "postfix_reinject_port_incoming": "Messages are not re-injected any more",
+    "passdb_path": "Passwords are files in the mailboxes",
+    "turn_socket_path": "TURN credentials are made without a socket",
+}
+
+
+def read_settings(
+    path: str | os.PathLike[str], text: str | None = None
+) -> tuple[Config, list[Problem]]:
+    """Read and validate a settings file (or *text* in its place) into settings and warnings.
+
+    Raises ConfigError with every problem found: unreadable file, syntax, unknown or repeated key,
+    wrong type, value out of range, values that contradict each other.
+    """
+    name = os.fspath(path)
+    ini = _parse_ini(name, text)
+    problems: list[Problem] = []
+    warnings: list[Problem] = []
+    values: dict[str, Any] = {}
+    lines: dict[str, int | None] = {}
+
+    def problem(key: str, message: str, remedy: str, into: list[Problem] = problems) -> None:
+        shown = section.get(key, "").replace("\n", " ") if key in section else ""
+        into.append(Problem(name, lines.get(key), key, shown, message, remedy))
+
+    for other in ini.sections:
+        if other != SECTION:
+            problems.append(
+                Problem(
+                    name,
+                    _lineno(ini, other),
+                    f"[{other}]",
+                    "",
+                    "unknown section",
+                    f"Put all settings into [{SECTION}]",
+                )
+            )
+    section: dict[str, str] = dict(ini.sections.get(SECTION, {}))
+    for key in section:
+        lines[key] = _lineno(ini, SECTION, key)
+        if key in OBSOLETE:
+            problem(key, "has no effect any more", f"{OBSOLETE[key]}; remove the line", warnings)
+        elif key not in FIELDS:
+            problem(key, "unknown setting", _suggest(key))
+    for key, item in FIELDS.items():
+        raw = section.get(key, item.metadata["default"])
+        if raw is None:
+            values[key] = None
+            continue
+        if key == "mail_domain" and not raw:
+            values[key] = None
+            continue
+        try:
+            values[key] = item.metadata["parse"](raw)
+        except _Invalid as error:
+            problem(key, *error.args)
+    if "mail_domain" in values and values["mail_domain"] is None:
+        problem(
+            "mail_domain",
+            "not set",
+            'Run "dpkg-reconfigure chatmail-relay", or "chatmail-relay set mail_domain=NAME"',
+        )
+    if not problems:
+        _check_together(values, problem)
+    if problems:
+        raise ConfigError(problems)
+    _fill_derived(values)
+    config = Config(**values)
+    _warn(config, section, lambda key, message, remedy: problem(key, message, remedy, warnings))
+    return config, warnings
+
+
+def read_config(path: str | os.PathLike[str] = DEFAULT_PATH) -> Config:
+    """Read the settings file of a running service; raises ConfigError, ignores warnings."""
+    return read_settings(path)[0]
+
+
+def _parse_ini(name: str, text: str | None) -> iniconfig.IniConfig:
+    try:
+        if text is None:
+            text = Path(name).read_text(encoding="utf-8")
+        return iniconfig.IniConfig(name, data=text)
+    except UnicodeDecodeError as error:
+        problem = Problem(
+            name, None, "", "", f"not UTF-8 at byte {error.start}", "Save the file as UTF-8"
+        )
+    except OSError as error:
+        problem = Problem(
+            name,
+            None,
+            "",
+            "",
+            f"cannot be read: {error.strerror}",
+            'Run "dpkg-reconfigure chatmail-relay"',
+        )
+    except iniconfig.ParseError as error:
+        problem = Problem(
+            name, error.lineno + 1, "", "", error.msg, 'Write one "key = value" a line'
+        )
+    raise ConfigError([problem])
+
+
+def _lineno(ini: iniconfig.IniConfig, section: str, key: str | None = None) -> int | None:
+    line = ini.lineof(section, key)
+    return None if line is None else int(line)
+
+
+def _suggest(key: str) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(key, FIELDS, n=1)
+    return f"Did you mean {near[0]}?" if near else "Remove the line; see chatmail.ini(5)"
+
+
+def _check_together(values: dict[str, Any], problem: Callable[[str, str, str], None]) -> None:
+    if values["username_min_length"] > values["username_max_length"]:
+        problem("username_min_length", "above username_max_length", "Make it the smaller one")
+    if values["max_message_size"] > values["max_mailbox_size"]:
+        problem("max_message_size", "above max_mailbox_size", "Make it the smaller one")
+    if values["tls"] == "external" and not values["tls_external_cert_and_key"]:
+        problem("tls", "no certificate is given", "Set tls_external_cert_and_key as well")
+    if values["min_free_disk_space"] == 0:
+        problem("min_free_disk_space", "leaves no room", 'Write at least "1M"')
+
+
+def _fill_derived(values: dict[str, Any]) -> None:
+    if values["tls"] is None:
+        values["tls"] = "external" if values["tls_external_cert_and_key"] else "self"
+    if values["mailboxes_dir"] is None:
+        values["mailboxes_dir"] = f"/var/lib/chatmail/mail/{values['mail_domain']}"
+
+
+def _warn(config: Config, section: dict[str, str], warn: Callable[[str, str, str], None]) -> None:
+    if not config.username_min_length <= 9 <= config.username_max_length:
+        key = "username_min_length" if config.username_min_length > 9 else "username_max_length"
+        warn(key, "keeps clients out that invent 9 characters", "Let the range include 9")
+    if config.password_min_length > 22:
+        warn(
+            "password_min_length", "keeps clients out that invent 22 characters", "Write at most 22"
+        )
+    if config.tls == "self" and not config.is_underscore_domain:
+        warn(
+            "tls",
+            "clients and other relays refuse a self-signed certificate of this name",
+            'Set tls = external, or a mail_domain that starts with "_"',
+        )
+    if config.tls == "self" and config.tls_external_cert_and_key:
+        warn("tls_external_cert_and_key", "is not used with tls = self", "Remove one of the two")
+
+
+def render_ini(config_text: dict[str, str], header: str) -> str:
+    """The settings in force as a complete file, for services: explicit values, else defaults."""
+    lines = [f"# {header}", f"[{SECTION}]"]
+    for key, item in FIELDS.items():
+        value = config_text.get(key, item.metadata["default"])
+        if value is not None:
+            lines.append(f"{key} = " + value.replace("\n", "\n    "))
+    return "\n".join(lines) + "\n"
+
+
+def explicit_values(path: str | os.PathLike[str], text: str | None = None) -> dict[str, str]:
+    """The settings written in the file, as text, without validation; {} for a missing file."""
+    if text is None and not Path(path).exists():
+        return {}
+    return dict(_parse_ini(os.fspath(path), text).sections.get(SECTION, {}))
+
+
+def default_ini() -> str:
+    """The commented file a new relay starts with: every setting, its help, its default."""
+    out = [
+        "# Settings of this chatmail relay; see chatmail.ini(5).",
+        '# This file is the truth: edit it and run "chatmail-relay apply", or run',
+        '# "dpkg-reconfigure chatmail-relay". Answers are written into it in place, your comments stay.',
+        f"[{SECTION}]",
+    ]
+    for key, item in FIELDS.items():
+        if item.metadata["group"]:
+            out += ["", f"# --- {item.metadata['group']} ---"]
+        out += ["", *_comment(item.metadata["help"])]
+        default = item.metadata["default"]
+        out.append(f"{key} =" if key == "mail_domain" else f"# {key} = {default or ''}".rstrip())
+    return "\n".join(out) + "\n"
+
+
+def _comment(text: str) -> Iterable[str]:
+    import textwrap
+
+    return textwrap.wrap(text, 96, initial_indent="# ", subsequent_indent="# ")
+
+
+def edit_ini(text: str, changes: dict[str, str]) -> str:
+    """*text* with each key of *changes* set in place; comments and order stay (debconf-devel(7)).
+
+    An active line is replaced, with its indented continuation lines; else the commented default
+    line of that key is brought to life; else the line is added at the end of the section.
+    """
+    lines = text.splitlines() or [f"[{SECTION}]"]
+    for key, value in changes.items():
+        new = f"{key} = {value}".rstrip().replace("\n", "\n    ").split("\n")
+        active = re.compile(rf"{re.escape(key)}\s*[=:]")
+        dormant = re.compile(rf"[#;]\s*{re.escape(key)}\s*[=:]")
+        places = [i for i, line in enumerate(lines) if active.match(line)]
+        if not places:
+            places = [i for i, line in enumerate(lines) if dormant.match(line)][-1:]
+        if places:
+            end = places[-1] + 1
+            while end < len(lines) and lines[end][:1].isspace() and lines[end].strip():
+                end += 1
+            lines[places[-1] : end] = new
+        else:
+            if not any(line.strip() == f"[{SECTION}]" for line in lines):
+                lines.append(f"[{SECTION}]")
+            lines += new
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: MIT
+"""From settings to running daemons, as one transaction: render, install, check, commit, activate.
+
+Order of events, and what a kill at each point leaves:
+
+1. the lock is taken, the journal of a dead run is rolled back or finished;
+2. everything is rendered; nothing on disk has changed yet, any error ends here;
+3. the transaction installs all files and the new ledger, the owners' checkers run, a refusal rolls
+   everything back;
+4. after the commit the units that the ledger names as pending are restarted or reloaded, each
+   struck off when done: the next run does what is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fcntl
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+from chatmaild.config import Config, explicit_values, read_settings
+
+from . import postfix, systemd
+from .component import ACTIVATIONS, Component, Limit, load_components
+from .ledger import Entry, Ledger, ledger_path, load_ledger, remember
+from .paths import Paths
+from .ports import foreign_listeners
+from .render import Rendered, context, render
+from .secrets import missing_secrets
+from .transaction import Change, Transaction, differs, write_file
+
+CHECK_TIMEOUT = 120  # seconds; postfix check walks the queue directories
+
+
+class Refused(Exception):
+    """The new configuration was refused; the one before is in force. args: one line a reason."""
+
+    def __init__(self, reasons: list[str]):
+        super().__init__("\n".join(reasons))
+        self.reasons = reasons
+
+
+class NotConfigured(Exception):
+    """No mail domain is set: a valid state in which nothing is rendered."""
+
+
+@dataclass
+class Plan:
+    """What an apply would do. *secrets* are keys to be made first, *changes* the transaction."""
+
+    ledger: Ledger
+    secrets: list[Change] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+    changed_components: list[Component] = field(default_factory=list)
+    components: list[Component] = field(default_factory=list)
+    config: Config | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the machine is already as wanted."""
+        return not (self.secrets or self.changes or self.ledger.pending)
+
+
+@contextlib.contextmanager
+def lock(paths: Paths) -> Iterator[None]:
+    """One brain at a time; a second one waits (dpkg and an operator may meet)."""
+    os.makedirs(paths.state, 0o700, exist_ok=True)
+    with open(paths.state / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def is_configured(paths: Paths) -> bool:
+    """Whether a mail domain is set."""
+    return bool(explicit_values(paths.ini).get("mail_domain"))
+
+
+def make_plan(paths: Paths, version: str) -> Plan:
+    """Compare what the settings want with what is on disk; changes nothing.
+
+    Raises NotConfigured, ConfigError, ComponentError, RenderError, PostfixError, LedgerError.
+    """
+    old = load_ledger(paths.state)
+    if not is_configured(paths) and not old.components:
+        raise NotConfigured
+    config, _warnings = read_settings(paths.ini)
+    components = load_components(paths.components)
+    values = context(config, explicit_values(paths.ini), version)
+    rendered = {item.name: render(paths, item, values) for item in components}
+    plan = Plan(
+        Ledger(pending=dict(old.pending)),
+        missing_secrets(paths, config),
+        components=components,
+        config=config,
+    )
+    for component in components:
+        _plan_files(paths, plan, old, component, rendered[component.name])
+    for name in set(old.components) - set(rendered):
+        _plan_removal(paths, plan, old.components[name])
+    if any(item.postconf or item.master for item in (*rendered.values(), *old.components.values())):
+        _plan_postfix(paths, plan, old, components, rendered)
+    new = Change(ledger_path(paths.state), plan.ledger.to_json(), 0o600)
+    if differs(new):
+        plan.changes.append(new)
+    return plan
+
+
+def _need(plan: Plan, component: Component, action: str) -> None:
+    """Note that *component* changed in a way that takes *action*."""
+    if component not in plan.changed_components:
+        plan.changed_components.append(component)
+    for unit in component.units:
+        _pend(plan, unit, action)
+
+
+def _pend(plan: Plan, unit: str, action: str) -> None:
+    have = plan.ledger.pending.get(unit, ACTIVATIONS[0])
+    plan.ledger.pending[unit] = max(have, action, key=ACTIVATIONS.index)
+
+
+def _plan_files(
+    paths: Paths, plan: Plan, old: Ledger, component: Component, rendered: Rendered
+) -> None:
+    before = old.components.get(component.name, Entry())
+    entry = Entry(units=list(component.units))
+    for dest, (content, mode, action) in rendered.files.items():
+        change = Change(paths.real(dest), content, mode)
+        if dest in before.files:
+            entry.files[dest] = before.files[dest]
+        else:
+            entry.files[dest] = None if dest in old.owned else remember(change.dest)
+        if differs(change):
+            plan.changes.append(change)
+            _need(plan, component, action)
+    for dest in set(before.files) - set(rendered.files):
+        plan.changes.append(_restored(paths, dest, before.files[dest]))
+        _need(plan, component, "restart")
+    entry.postconf = dict(before.postconf)
+    entry.master = dict(before.master)
+    plan.ledger.components[component.name] = entry
+
+
+def _plan_removal(paths: Paths, plan: Plan, entry: Entry) -> None:
+    """A component whose package is gone: put back what was there before it."""
+    for dest, before in entry.files.items():
+        change = _restored(paths, dest, before)
+        if differs(change):
+            plan.changes.append(change)
+    for unit in entry.units:
+        _pend(plan, unit, "restart")
+
+
+def _restored(paths: Paths, dest: str, before: dict[str, object] | None) -> Change:
+    """The change that gives *dest* back what stood there before us."""
+    if before is None or "text" not in before:
+        return Change(paths.real(dest), None)
+    content = str(before["text"]).encode("utf-8", "surrogateescape")
+    mode, uid, gid = (int(str(before[key])) for key in ("mode", "uid", "gid"))
+    return Change(paths.real(dest), content, mode, uid, gid)
+
+
+def _plan_postfix(
+    paths: Paths,
+    plan: Plan,
+    old: Ledger,
+    components: list[Component],
+    rendered: dict[str, Rendered],
+) -> None:
+    """Work out main.cf and master.cf: wanted keys set, keys no longer wanted put back."""
+    if not postfix.is_installed(paths):
+        return
+    with postfix.Staging(paths) as staging:
+        main, master = staging.main_values(), staging.master_lines()
+        want_main: dict[str, str | None] = {}
+        want_master: dict[str, str | None] = {}
+        for entry in old.components.values():
+            want_main |= entry.postconf
+            want_master |= entry.master
+        for name, item in rendered.items():
+            before = old.components.get(name, Entry())
+            entry = plan.ledger.components[name]
+            entry.postconf = {k: before.postconf.get(k, main.get(k)) for k in item.postconf}
+            entry.master = {k: before.master.get(k, master.get(k)) for k in item.master}
+            want_main |= item.postconf
+            want_master |= item.master
+        staging.set_main(want_main)
+        staging.set_master(want_master)
+        changes = [change for change in staging.changes() if differs(change)]
+    plan.changes += changes
+    for change in changes:
+        for component in components:
+            if component.postconf or component.master:
+                # inet services and their process limits are read by a restart only
+                restart = change.dest.name == "master.cf" or _needs_restart(main, want_main)
+                _need(plan, component, "restart" if restart else component.activate)
+
+
+def _needs_restart(main: dict[str, str], wanted: dict[str, str | None]) -> bool:
+    keys = ("inet_interfaces", "inet_protocols", "myhostname", "queue_directory")
+    return any(key in wanted and wanted[key] != main.get(key) for key in keys)
+
+
+def apply(paths: Paths, version: str, *, check_all: bool = False) -> Plan:
+    """Make the machine as the settings say and return what was done.
+
+    *check_all* asks the checkers of unchanged components too (a daemon's binary is new). Raises
+    Refused when a checker or a foreign listener objects, and what make_plan raises; everything is
+    then as before. A unit that does not come up is a Refused as well, after the commit: its reason
+    says so, and it stays pending.
+    """
+    with lock(paths):
+        Transaction(paths.state).recover()
+        plan = make_plan(paths, version)
+        if paths.is_live and not load_ledger(paths.state).components:
+            foreign = foreign_listeners(plan.components)
+            if foreign:
+                raise Refused(foreign)
+        for secret in plan.secrets:
+            os.makedirs(secret.dest.parent, 0o700, exist_ok=True)
+            write_file(secret)
+        if plan.secrets:
+            for component in plan.components:
+                for unit in component.units:
+                    _pend(plan, unit, "restart")
+        to_check = plan.components if check_all else plan.changed_components
+
+        def verify() -> None:
+            reasons = run_checkers(to_check) if paths.is_live else []
+            if reasons:
+                raise Refused(reasons)
+
+        if plan.changes:
+            Transaction(paths.state).run(plan.changes, verify)
+        else:
+            verify()
+        _activate_pending(paths, plan)
+        return plan
+
+
+def _activate_pending(paths: Paths, plan: Plan) -> None:
+    pending = plan.ledger.pending
+    if not pending:
+        return
+    if paths.is_live:
+        systemd.daemon_reload()
+        order = [unit for component in plan.components for unit in component.units]
+        reasons = []
+        for unit in sorted(pending, key=lambda unit: order.index(unit) if unit in order else -1):
+            failure = systemd.activate(unit, pending[unit])
+            if failure:
+                reasons.append(f"{failure}; see systemctl status {unit}")
+                continue
+            del pending[unit]
+            _save_ledger(paths, plan.ledger)
+        if reasons:
+            raise Refused(reasons)
+    else:
+        # an image: nothing runs, everything starts with the new configuration at boot
+        pending.clear()
+        _save_ledger(paths, plan.ledger)
+
+
+def _save_ledger(paths: Paths, ledger: Ledger) -> None:
+    write_file(Change(ledger_path(paths.state), ledger.to_json(), 0o600))
+
+
+def unapply(paths: Paths) -> list[str]:
+    """Put back everything the ledger names, and let the units see it; returns the components."""
+    with lock(paths):
+        Transaction(paths.state).recover()
+        old = load_ledger(paths.state)
+        plan = Plan(Ledger())
+        for entry in old.components.values():
+            _plan_removal(paths, plan, entry)
+        if any(entry.postconf or entry.master for entry in old.components.values()):
+            _plan_postfix(paths, plan, old, [], {})
+        plan.changes = [change for change in plan.changes if differs(change)]
+        plan.changes.append(Change(ledger_path(paths.state), None))
+        Transaction(paths.state).run(plan.changes)
+        for dest in old.owned:
+            _remove_empty(paths.real(dest).parent)
+        if paths.is_live:
+            systemd.daemon_reload()
+            for unit in plan.ledger.pending:
+                systemd.activate(unit, "restart")
+        return sorted(old.components)
+
+
+def _remove_empty(folder: Path) -> None:
+    while folder.parts[:3] in (("/", "etc", "chatmail"), ("/", "var", "lib")) and folder.name not in (
+        "lib",
+        "chatmail",
+    ):
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+        folder = folder.parent
+
+
+def recover(paths: Paths) -> str | None:
+    """Repair what a killed run left (at boot, before the daemons start); the state found."""
+    with lock(paths):
+        return Transaction(paths.state).recover()
+
+
+def run_checkers(components: list[Component]) -> list[str]:
+    """Ask every owner's program about its configuration; one reason a refusal, warnings count."""
+    reasons = []
+    for component in components:
+        for command in component.check:
+            try:
+                done = subprocess.run(
+                    command, capture_output=True, text=True, timeout=CHECK_TIMEOUT
+                )
+            except (OSError, subprocess.TimeoutExpired) as error:
+                reasons.append(f"{component.name}: {error}")
+                continue
+            said = [
+                line
+                for line in done.stderr.splitlines()
+                if line.strip() and not any(p.search(line) for p in component.check_ignore)
+            ]
+            if done.returncode or said:
+                text = "; ".join(said) or f"status {done.returncode}"
+                reasons.append(f"{component.name}: {' '.join(command)}: {text}")
+    return reasons
+
+
+@dataclass(frozen=True)
+class LimitFinding:
+    """A kernel limit as it is and as it should be."""
+
+    limit: Limit
+    value: int | None
+    wanted: int
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether the kernel allows what the settings promise."""
+        return self.value is not None and self.value >= self.wanted
+
+
+def limits(paths: Paths, plan: Plan, version: str) -> list[LimitFinding]:
+    """All kernel limits that components name, compared with this kernel's."""
+    assert plan.config is not None
+    values = context(plan.config, explicit_values(paths.ini), version)
+    env = jinja2.Environment(undefined=jinja2.StrictUndefined)
+    findings = []
+    for component in plan.components:
+        for limit in component.limits:
+            wanted = int(env.from_string(limit.at_least).render(values))
+            path = Path("/proc/sys") / limit.sysctl.replace(".", "/")
+            value = int(path.read_text().split()[0]) if path.exists() else None
+            findings.append(LimitFinding(limit, value, wanted))
+    return findings
+
+
+def diff(plan: Plan) -> list[str]:
+    """What *plan* would change, as unified diffs; keys are named, never shown."""
+    lines = [f"new secret {change.dest}" for change in plan.secrets]
+    for change in plan.changes:
+        if change.dest.name == "ledger.json":
+            continue
+        lines += difflib.unified_diff(
+            _lines(change.dest.read_bytes() if change.dest.is_file() else None),
+            _lines(change.content),
+            str(change.dest) if os.path.lexists(change.dest) else "/dev/null",
+            str(change.dest) if change.content is not None else "/dev/null",
+            lineterm="",
+        )
+    lines += [f"{action} {unit}" for unit, action in plan.ledger.pending.items()]
+    return lines
+
+
+def _lines(content: bytes | None) -> list[str]:
+    return [] if content is None else content.decode("utf-8", "replace").splitlines()

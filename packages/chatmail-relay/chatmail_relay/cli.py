@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: MIT
+"""The command chatmail-relay(8). Exit status: 0 well, 1 not, 2 wrong usage."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from chatmaild.config import (
+    FIELDS,
+    ConfigError,
+    Problem,
+    default_ini,
+    edit_ini,
+    explicit_values,
+    read_settings,
+)
+
+from .apply import NotConfigured, Refused, apply, diff, is_configured, make_plan, recover, unapply
+from .component import ComponentError
+from .ledger import LedgerError
+from .paths import Paths
+from .postfix import PostfixError
+from .render import RenderError
+from .status import Finding, check, status
+from .transaction import Change, TransactionError, write_file
+
+HOW_TO_GO_ON = (
+    "chatmail-relay: not configured yet. Run 'dpkg-reconfigure chatmail-relay', "
+    "or 'chatmail-relay set mail_domain=NAME' and 'chatmail-relay apply'."
+)
+ERRORS = (
+    ConfigError,
+    Refused,
+    ComponentError,
+    RenderError,
+    PostfixError,
+    LedgerError,
+    TransactionError,
+    OSError,
+)
+
+
+def main(argv: list[str] | None = None, *, root: str = "/") -> int:
+    """Run one command; returns the exit status."""
+    options = _parser().parse_args(argv)
+    paths = Paths(Path(root))
+    try:
+        return int(options.run(paths, options))
+    except NotConfigured:
+        if options.json:
+            print(json.dumps({"configured": False}))
+        else:
+            print(HOW_TO_GO_ON)
+        return 0 if options.command in ("apply", "recover", "unapply") else 1
+    except ERRORS as error:
+        for line in str(error).splitlines():
+            print(f"chatmail-relay: {line}", file=sys.stderr)
+        if getattr(options, "lenient", False):
+            print(
+                "chatmail-relay: warning: the configuration in force stays; "
+                "run 'chatmail-relay apply' when this is mended",
+                file=sys.stderr,
+            )
+            return 0
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="chatmail-relay", description="Configure and watch a chatmail relay."
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print JSON")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, parents=[common])
+        sub.set_defaults(run=run)
+        return sub
+
+    get = command("get", _get, "print settings in force")
+    get.add_argument("key", nargs="?", help="one setting; all of them if left out")
+    put = command("set", _set, "change settings in the file; apply makes them take effect")
+    put.add_argument("setting", nargs="+", metavar="KEY=VALUE")
+    put_apply = command("apply", _apply, "make the machine as the settings say")
+    put_apply.add_argument(
+        "--check-all", action="store_true", help="ask the checkers of unchanged components too"
+    )
+    put_apply.add_argument(
+        "--lenient",
+        action="store_true",
+        help="exit 0 if the new configuration is refused: the old one is in force",
+    )
+    command("diff", _diff, "show what apply would change")
+    command("check", _check, "validate settings, files on disk, checkers and kernel limits")
+    command("status", _status, "say whether the running relay is well")
+    command("unapply", _unapply, "put back what was there before the relay")
+    command("recover", _recover, "repair what an interrupted apply left (run at boot)")
+    return parser
+
+
+def _print(options: argparse.Namespace, data: object, lines: list[str]) -> None:
+    if options.json:
+        print(json.dumps(data, indent=1, sort_keys=True))
+    else:
+        for line in lines:
+            print(line)
+
+
+def _version() -> str:
+    from .version import VERSION
+
+    return VERSION
+
+
+def _get(paths: Paths, options: argparse.Namespace) -> int:
+    if options.key is not None and options.key not in FIELDS:
+        known = ", ".join(FIELDS)
+        print(f"chatmail-relay: {options.key}: unknown setting; known: {known}", file=sys.stderr)
+        return 1
+    if not is_configured(paths):
+        raise NotConfigured
+    config, _warnings = read_settings(paths.ini)
+    values = {key: getattr(config, key) for key in FIELDS}
+    if options.key is not None:
+        values = {options.key: values[options.key]}
+    lines = [_shown(value) for value in values.values()]
+    if options.key is None:
+        lines = [f"{key} = {line}".rstrip() for key, line in zip(values, lines, strict=True)]
+    _print(options, values, lines)
+    return 0
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    return str(value)
+
+
+def _set(paths: Paths, options: argparse.Namespace) -> int:
+    changes = {}
+    for item in options.setting:
+        key, separator, value = item.partition("=")
+        if not separator:
+            print(f"chatmail-relay: {item}: write KEY=VALUE", file=sys.stderr)
+            return 2
+        changes[key.strip()] = value.strip()
+    exists = paths.ini.exists()
+    old = paths.ini.read_text(encoding="utf-8") if exists else default_ini()
+    explicit = explicit_values(paths.ini, old)
+    changes = {k: v for k, v in changes.items() if explicit.get(k) != v and not _same(k, v, explicit)}
+    new = edit_ini(old, changes)
+    warnings = _validate(paths, new)
+    if new != old or not exists:
+        os.makedirs(paths.ini.parent, 0o755, exist_ok=True)
+        write_file(Change(paths.ini, new.encode(), 0o644))
+    for problem in warnings:
+        print(f"chatmail-relay: warning: {problem}", file=sys.stderr)
+    _print(options, {"changed": sorted(changes)}, [f"{key} = {changes[key]}" for key in changes])
+    return 0
+
+
+def _same(key: str, value: str, explicit: dict[str, str]) -> bool:
+    """Whether setting *key* to *value* would only spell out its default."""
+    return key in FIELDS and key not in explicit and (FIELDS[key].metadata["default"] or "") == value
+
+
+def _validate(paths: Paths, text: str) -> list[Problem]:
+    """Refuse a file with problems; a missing mail domain alone is the unconfigured state."""
+    try:
+        return read_settings(paths.ini, text)[1]
+    except ConfigError as error:
+        problems = [p for p in error.problems if not (p.key == "mail_domain" and not p.value)]
+        if problems:
+            raise ConfigError(problems) from None
+        return []
+
+
+def _apply(paths: Paths, options: argparse.Namespace) -> int:
+    plan = apply(paths, _version(), check_all=options.check_all)
+    changed = [component.name for component in plan.changed_components]
+    text = f"changed: {', '.join(changed)}" if changed else "nothing to change"
+    _print(options, {"changed": changed}, [f"chatmail-relay: {text}"])
+    return 0
+
+
+def _diff(paths: Paths, options: argparse.Namespace) -> int:
+    plan = make_plan(paths, _version())
+    lines = diff(plan)
+    _print(options, {"changes": [str(change.dest) for change in plan.changes]}, lines)
+    return 1 if lines else 0
+
+
+def _report(options: argparse.Namespace, findings: list[Finding]) -> int:
+    _print(options, [dataclasses.asdict(item) for item in findings], [str(i) for i in findings])
+    return 0 if all(item.well for item in findings) else 1
+
+
+def _check(paths: Paths, options: argparse.Namespace) -> int:
+    if not is_configured(paths):
+        raise NotConfigured
+    return _report(options, check(paths, _version()))
+
+
+def _status(paths: Paths, options: argparse.Namespace) -> int:
+    if not is_configured(paths):
+        raise NotConfigured
+    return _report(options, status(paths, _version()))
+
+
+def _unapply(paths: Paths, options: argparse.Namespace) -> int:
+    names = unapply(paths)
+    text = f"undone: {', '.join(names)}" if names else "nothing to undo"
+    _print(options, {"undone": names}, [f"chatmail-relay: {text}"])
+    return 0
+
+
+def _recover(paths: Paths, options: argparse.Namespace) -> int:
+    state = recover(paths)
+    text = "nothing to repair" if state is None else f"repaired an interrupted apply ({state})"
+    _print(options, {"found": state}, [f"chatmail-relay: {text}"])
+    return 0

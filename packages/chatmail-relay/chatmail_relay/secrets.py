@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: MIT
+"""Keys that are made once and never again: DKIM, and the self-signed certificate.
+
+They are not in the ledger: what they protect (DNS records, clients that remember a key) outlives a
+removal of the package.
+"""
+
+import datetime
+from pathlib import Path
+
+from chatmaild.config import SELF_SIGNED_CERT, SELF_SIGNED_KEY, Config
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from .paths import Paths
+from .transaction import Change
+
+DKIM_KEYS = "/var/lib/chatmail/keys/dkim"
+DKIM_RSA = f"{DKIM_KEYS}/rsa.pem"
+RSA_BITS = 2048  # what every verifier takes and one DNS TXT record holds (RFC 8301)
+VALID_DAYS = 36500
+
+
+def missing_secrets(paths: Paths, config: Config) -> list[Change]:
+    """The key files that must be made for *config*; existing ones are never replaced.
+
+    The certificate is made anew for its old key when the domain changes: clients may know the key.
+    """
+    changes = []
+    dkim = paths.real(DKIM_RSA)
+    if not dkim.exists():
+        key = rsa.generate_private_key(public_exponent=65537, key_size=RSA_BITS)
+        changes.append(Change(dkim, _pem(key), 0o600))
+    if config.tls == "self":
+        changes += _self_signed(paths, config.mail_domain)
+    return changes
+
+
+def _self_signed(paths: Paths, domain: str) -> list[Change]:
+    cert_path, key_path = paths.real(SELF_SIGNED_CERT), paths.real(SELF_SIGNED_KEY)
+    names = [domain, f"www.{domain}", f"mta-sts.{domain}"]
+    changes = []
+    if key_path.exists():
+        loaded = serialization.load_pem_private_key(key_path.read_bytes(), None)
+        assert isinstance(loaded, ec.EllipticCurvePrivateKey), f"{key_path} is not an EC key"
+        key = loaded
+    else:
+        key = ec.generate_private_key(ec.SECP256R1())
+        changes.append(Change(key_path, _pem(key), 0o600))
+    if changes or _names(cert_path) != names:
+        changes.append(Change(cert_path, _certificate(key, names), 0o644))
+    return changes
+
+
+def _names(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    return list(extension.value.get_values_for_type(x509.DNSName))
+
+
+def _certificate(key: ec.EllipticCurvePrivateKey, names: list[str]) -> bytes:
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])])
+    start = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=1)
+    usage = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+    alternatives = x509.SubjectAlternativeName([x509.DNSName(name) for name in names])
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start)
+        .not_valid_after(start + datetime.timedelta(days=VALID_DAYS))
+        # a client library refuses a CA certificate as an end entity
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.ExtendedKeyUsage(usage), critical=False)
+        .add_extension(alternatives, critical=False)
+        .sign(key, hashes.SHA256())
+        .public_bytes(serialization.Encoding.PEM)
+    )
+
+
+def _pem(key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: MIT
+"""Settings are typed, complete, and refused with file, line, value and remedy."""
+
+import pytest
+from chatmaild.config import (
+    FIELDS,
+    ConfigError,
+    default_ini,
+    edit_ini,
+    explicit_values,
+    read_settings,
+    render_ini,
+)
+
+DOMAIN = "[params]\nmail_domain = chat.example.org\n"
+
+
+def read(text):
+    return read_settings("test.ini", text)
+
+
+def problems(text):
+    with pytest.raises(ConfigError) as caught:
+        read(text)
+    return caught.value.problems
+
+
+def test_defaults_are_those_of_existing_relays():
+    config, _warnings = read(DOMAIN)
+    assert (config.max_user_send_per_minute, config.max_user_send_burst_size) == (60, 10)
+    assert config.max_mailbox_size == 500 * 2**20
+    assert config.mailboxes_dir == "/var/lib/chatmail/mail/chat.example.org"
+    assert config.iroh_relay is None and config.passthrough_senders == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("mail_domain", "chat", "not a full domain name"),
+        ("mail_domain", "chat..example", "not a valid domain name"),
+        ("mail_domain", "a._b.example", "not a valid domain name"),
+        ("mail_domain", "bücher.example", "not ASCII"),
+        ("mail_domain", "192.0.2.1", "an IP address"),
+        ("mail_domain", "chat.example.org.", "ends with a dot"),
+        ("mail_domain", ".".join(["a" * 60] * 5), "longer than 253"),
+        ("max_user_send_per_minute", "0", "out of range"),
+        ("max_user_send_per_minute", "six", "not a whole number"),
+        ("max_mailbox_size", "5T", "not a size"),
+        ("max_message_size", "-1", "out of range"),
+        ("delete_mails_after", "2.5", "not a whole number"),
+        ("username_max_length", "65", "out of range"),
+        ("username_min_length", "10", "above username_max_length"),
+        ("max_message_size", "1073741824", "above max_mailbox_size"),
+        ("max_load_1m", "0", "not a load"),
+        ("disable_ipv6", "maybe", "neither true nor false"),
+        ("imap_rawlog", "", "neither true nor false"),
+        ("passthrough_senders", "a@b.example nobody", "nobody is not a mail address"),
+        ("passthrough_recipients", "@x.example y", "y is neither"),
+        ("privacy_mail", "me", "not a mail address"),
+        ("tls", "magic", "unknown way"),
+        ("tls", "external", "no certificate is given"),
+        ("tls_external_cert_and_key", "/a", "not exactly two paths"),
+        ("tls_external_cert_and_key", "/a b", "not a plain absolute path"),
+        ("mailboxes_dir", "mail", "not a plain absolute path"),
+        ("mailboxes_dir", "/x/../etc", "not a plain absolute path"),
+        ("iroh_relay", "ftp://x", "not a URL"),
+        ("dkim_selector", "a.b", "not a DKIM selector"),
+        ("mtail_address", "a b", "not an address"),
+        ("max_mailbox_sise", "1G", "unknown setting"),
+    ],
+)
+def test_an_invalid_setting_is_refused_with_line_value_and_remedy(key, value, message):
+    domain = "" if key == "mail_domain" else "mail_domain = a.example\n"
+    text = f"# a comment\n\n[params]\n{domain}{key} = {value}\n"
+    found = problems(text)
+    assert [problem.key for problem in found] == [key]
+    assert found[0].path == "test.ini"
+    assert found[0].line == (4 if key == "mail_domain" else 5)
+    assert found[0].value == value
+    assert message in found[0].message
+    assert found[0].remedy
+
+
+def test_all_problems_are_told_at_once():
+    text = DOMAIN + "tls = x\ndelete_mails_after = x\nfoo = x\n"
+    assert {problem.line for problem in problems(text)} == {3, 4, 5}
+
+
+def test_a_missing_domain_a_wrong_section_and_bad_syntax_are_problems():
+    assert problems("[params]\n")[0].message == "not set"
+    assert problems(DOMAIN + "[other]\nx = 1\n")[0].message == "unknown section"
+    assert problems("[params]\nno equals sign\n")[0].line == 2
+    assert "duplicate" in problems(DOMAIN + "mail_domain = b.example\n")[0].message
+
+
+def test_an_unreadable_file_is_a_problem(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_settings(tmp_path / "missing.ini")
+    (tmp_path / "latin1.ini").write_bytes(b"[params]\nprivacy_pdo = M\xfcller\n")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        read_settings(tmp_path / "latin1.ini")
+
+
+def test_keys_of_older_relays_are_warnings_that_name_a_replacement():
+    _config, warnings = read(DOMAIN + "tls = self\nfiltermail_smtp_port = 10080\n")
+    assert any(w.key == "filtermail_smtp_port" and "unix socket" in w.remedy for w in warnings)
+
+
+def test_a_self_signed_ordinary_domain_is_a_warning_an_underscore_domain_is_not():
+    assert [w.key for w in read(DOMAIN)[1]] == ["tls"]
+    assert read("[params]\nmail_domain = _alpha.example\n")[1] == []
+
+
+def test_sizes_have_the_units_of_existing_relays():
+    for text, size in (("100", 100), ("100M", 100), ("100MB", 100), ("2G", 2048), ("2gb", 2048)):
+        assert read(DOMAIN + f"max_mailbox_size = {text}\n")[0].max_mailbox_size == size * 2**20
+
+
+def test_the_default_file_names_every_setting_and_is_valid_once_the_domain_is_set():
+    text = default_ini()
+    assert all(f"{key} =" in text for key in FIELDS)
+    assert read(edit_ini(text, {"mail_domain": "_a.example"}))[0].mail_domain == "_a.example"
+
+
+def test_edits_keep_comments_and_order():
+    text = "; top\n[params]\n# about\nmail_domain = a.example\n# tls = self\n\n# end\n"
+    changed = edit_ini(text, {"mail_domain": "b.example", "tls": "self", "privacy_pdo": "me\nyou"})
+    assert changed == (
+        "; top\n[params]\n# about\nmail_domain = b.example\ntls = self\n\n# end\n"
+        "privacy_pdo = me\n    you\n"
+    )
+    assert edit_ini(changed, {"privacy_pdo": "x"}).endswith("# end\nprivacy_pdo = x\n")
+
+
+def test_the_rendered_file_gives_services_the_same_settings():
+    text = DOMAIN + "max_mailbox_size = 1G\nprivacy_postal = a\n  b\n"
+    rendered = render_ini(explicit_values("test.ini", text), "header")
+    assert read(rendered)[0] == read(text)[0]

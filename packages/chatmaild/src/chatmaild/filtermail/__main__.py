@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: MIT
+"""The filter as a service: `python3 -Im chatmaild.filtermail [CHATMAIL.INI]`, three milter sockets.
+
+The thin asyncio shell around milter.Session: it moves octets, fetches DKIM keys, limits how many
+sessions there are and how long they may be silent, and ends them on SIGTERM. One process, one
+thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from chatmaild.activation import ActivationError, listen_sockets, notify, setup_logging
+from chatmaild.config import DEFAULT_PATH, Config, ConfigError, read_config
+from chatmaild.filtermail import dkim, milter, policy
+from chatmaild.filtermail.keys import KeyStore
+from chatmaild.filtermail.limiter import Limiter
+from chatmaild.users import MailStore
+
+HANDLERS: dict[str, Callable[[policy.Policy], milter.Handler]] = {
+    "outgoing": policy.OutgoingHandler,
+    "incoming": policy.IncomingHandler,
+    "sign": policy.SignHandler,
+}
+
+RECEIVE_SIZE = 1 << 17  # octets; two body packets: recv(2) of more makes the allocator mmap
+IDLE_TIMEOUT = 3600  # seconds; Postfix keeps a session as long as its SMTP client
+SWEEP_INTERVAL = 60  # seconds
+GRACE = 5.0  # seconds for messages under way when the service stops
+BACKLOG = 512
+SPARE_FILES = 256  # descriptors for DNS, listeners, the log
+
+_T = TypeVar("_T")
+
+log = logging.getLogger("filtermail")
+
+
+class Server:
+    """All sessions of the process."""
+
+    def __init__(self, shared: policy.Policy, keys: KeyStore, max_sessions: int) -> None:
+        self.policy = shared
+        self.keys = keys
+        self.max_sessions = max_sessions
+        self.sessions: set[_Connection] = set()
+        self.stopping = False
+        self._idle = asyncio.Event()
+        # one for all: what recv(2) puts there is consumed before the next recv(2)
+        self.buffer = memoryview(bytearray(RECEIVE_SIZE))
+
+    async def run(self, sockets: dict[str, socket.socket]) -> None:
+        """Serve until SIGTERM or SIGINT, then finish what is under way."""
+        loop = asyncio.get_running_loop()
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        servers = [
+            await loop.create_unix_server(
+                lambda make=HANDLERS[name]: _Connection(self, make(self.policy)),  # type:
+                ignore[misc] sock=sock, backlog=BACKLOG,
+            )
+            for name, sock in sockets.items()
+        ]
+        sweeper = asyncio.create_task(self._sweep())
+        notify("READY=1")
+        log.info("ready, up to %d sessions, entering serving loop", self.max_sessions)
+        await stop.wait()
+        notify("STOPPING=1")
+        sweeper.cancel()
+        self.stopping = True
+        for server in servers:
+            server.close()
+        for session in list(self.sessions):
+            session.stop()
+        try:
+            async with asyncio.timeout(GRACE):
+                while self.sessions:
+                    self._idle.clear()
+                    await self._idle.wait()
+        except TimeoutError:
+            log.warning("stopped with %d messages under way", len(self.sessions))
+            for session in list(self.sessions):
+                session.abort()
+
+    def ended(self, session: _Connection) -> None:
+        self.sessions.discard(session)
+        self._idle.set()
+
+    async def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(SWEEP_INTERVAL)
+            for session in list(self.sessions):
+                if session.last_heard < loop.time() - IDLE_TIMEOUT:
+                    session.abort()
+
+
+class _Connection(asyncio.BufferedProtocol):
+    def __init__(self, server: Server, handler: milter.Handler) -> None:
+        self._server = server
+        self._session = milter.Session(handler)
+        self._transport: asyncio.Transport | None = None
+        self._lookup: asyncio.Task[None] | None = None
+        self._write_paused = False
+        self._loop = asyncio.get_running_loop()
+        self.last_heard = self._loop.time()
+
+    # asyncio.BufferedProtocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        if self._server.stopping or len(self._server.sessions) >= self._server.max_sessions:
+            log.warning("too many sessions")
+            transport.abort()
+            return
+        self._transport = transport
+        self._server.sessions.add(self)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._server.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.last_heard = self._loop.time()
+        self._send(self._session.feed, bytes(self._server.buffer[:nbytes]))
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._lookup is not None:
+            self._lookup.cancel()
+        self._transport = None
+        self._server.ended(self)
+
+    def pause_writing(self) -> None:
+        self._write_paused = True
+        self._update_reading()
+
+    def resume_writing(self) -> None:
+        self._write_paused = False
+        self._update_reading()
+
+    # the rest
+
+    def stop(self) -> None:
+        """End the session now, or after the message that is under way."""
+        if self._transport is not None and not self._session.in_message:
+            self._transport.close()
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _send(self, step: Callable[[_T], bytes], argument: _T) -> None:
+        """Do a *step* of the session, send what it says, and see what comes next."""
+        transport = self._transport
+        if transport is None:
+            return
+        try:
+            out = step(argument)
+        except Exception as error:  # a bug in the protocol code itself: this session only
+            log.error("session ended by %s", type(error).__name__)
+            transport.abort()
+            return
+        if out:
+            transport.write(out)
+        if self._session.closed or (self._server.stopping and not self._session.in_message):
+            transport.close()
+            return
+        wanted = self._session.wanted
+        if wanted is not None:
+            self._lookup = self._loop.create_task(self._fetch(wanted))
+        self._update_reading()
+
+    async def _fetch(self, names: tuple[str, ...]) -> None:
+        keys: dict[str, tuple[dkim.KeyRecord, ...] | None]
+        try:
+            keys = await self._server.keys.get_all(names)
+        except Exception as error:  # a bug: the sender tries again later
+            log.error("DKIM key lookup: %s", type(error).__name__)
+            keys = dict.fromkeys(names)
+        self._lookup = None
+        self._send(self._session.answer, keys)
+
+    def _update_reading(self) -> None:
+        """Read only what can be handled at once: that is what bounds the memory of a session."""
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        if self._write_paused or self._session.wanted is not None:
+            transport.pause_reading()
+        else:
+            transport.resume_reading()
+
+
+def load_keys(directory: Path, config: Config) -> list[dkim.SigningKey]:
+    """The signing keys in a credentials directory; raises DkimError or OSError with what to do.
+
+    dkim_rsa.pem, selector dkim_selector, is required; dkim_ed25519.pem, selector
+    dkim_selector-ed25519, is not.
+    """
+    keys = []
+    for name, selector in (
+        ("dkim_rsa.pem", config.dkim_selector),
+        ("dkim_ed25519.pem", f"{config.dkim_selector}-ed25519"),
+    ):
+        path = directory / name
+        try:
+            keys.append(dkim.SigningKey(path.read_bytes(), config.mail_domain, selector))
+        except FileNotFoundError:
+            if not keys:
+                raise dkim.DkimError(
+                    f"{path} is missing: without a DKIM key nobody accepts our mail. "
+                    "Run: chatmail-relay apply"
+                ) from None
+        except dkim.DkimError as error:
+            raise dkim.DkimError(f"{path}: {error}") from None
+    return keys
+
+
+def session_limit(config: Config) -> int:
+    """Sessions at a time: Postfix opens one for each SMTP session on 25, 465 and 587, plus
+    bounces."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 3 * config.max_smtp_connections + 200
+    if soft != resource.RLIM_INFINITY and soft < wanted + SPARE_FILES:
+        most = wanted + SPARE_FILES if hard == resource.RLIM_INFINITY else hard
+        soft = min(wanted + SPARE_FILES, most)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        wanted = min(wanted, max(1, soft - SPARE_FILES))
+    return wanted
+
+
+def main(arguments: list[str]) -> int:
+    setup_logging()
+    try:
+        config = read_config(Path(arguments[0]) if arguments else DEFAULT_PATH)
+        credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+        if not credentials:
+            raise dkim.DkimError("CREDENTIALS_DIRECTORY is not set: start me by my systemd unit")
+        keys = load_keys(Path(credentials), config)
+        sockets = listen_sockets(*HANDLERS)
+    except (ConfigError, dkim.DkimError, ActivationError, OSError) as error:
+        log.error("%s", error)
+        return 1
+    shared = policy.Policy(
+        domain=config.mail_domain.lower(),
+        mailboxes=MailStore(config.mailboxes_dir),
+        limiter=Limiter(config.max_user_send_per_minute, config.max_user_send_burst_size),
+        signing_keys=keys,
+        passthrough_senders=config.passthrough_senders,
+        passthrough_recipients=config.passthrough_recipients,
+    )
+
+    async def serve() -> None:
+        await Server(shared, KeyStore(), session_limit(config)).run(sockets)
+
+    asyncio.run(serve())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

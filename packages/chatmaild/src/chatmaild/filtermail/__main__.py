@@ -64,10 +64,7 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         servers = [
-            await loop.create_unix_server(
-                lambda make=HANDLERS[name]: _Connection(self, make(self.policy)),  # type:
-                ignore[misc] sock=sock, backlog=BACKLOG,
-            )
+            await loop.create_unix_server(self._factory(name), sock=sock, backlog=BACKLOG)
             for name, sock in sockets.items()
         ]
         sweeper = asyncio.create_task(self._sweep())
@@ -90,6 +87,9 @@ class Server:
             log.warning("stopped with %d messages under way", len(self.sessions))
             for session in list(self.sessions):
                 session.abort()
+
+    def _factory(self, name: str) -> Callable[[], _Connection]:
+        return lambda: _Connection(self, HANDLERS[name](self.policy))
 
     def ended(self, session: _Connection) -> None:
         self.sessions.discard(session)
@@ -228,8 +228,7 @@ def load_keys(directory: Path, config: Config) -> list[dkim.SigningKey]:
 
 
 def session_limit(config: Config) -> int:
-    """Sessions at a time: Postfix opens one for each SMTP session on 25, 465 and 587, plus
-    bounces."""
+    """Sessions at a time: one for each SMTP session on 25, 465 and 587, and some for bounces."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 3 * config.max_smtp_connections + 200
     if soft != resource.RLIM_INFINITY and soft < wanted + SPARE_FILES:

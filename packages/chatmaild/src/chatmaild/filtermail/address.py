@@ -58,8 +58,7 @@ def parse_from(value: str) -> str:
 
 
 def parse_address(spec: str) -> str:
-    """*spec* (local-part "@" domain, no brackets) checked and in lower case; raises
-    AddressError."""
+    """*spec* (user@domain, no brackets) checked and in lower case; raises AddressError."""
     local, separator, domain = spec.rpartition("@")
     if not separator or len(spec) > MAX_ADDRESS or len(local) > MAX_LOCAL_PART:
         raise AddressError("no address, or too long")

@@ -92,8 +92,7 @@ def canonical_field(name: bytes, value: bytes, relaxed: bool) -> bytes:
 
 
 class BodyHash:
-    """SHA-256 of a canonicalized body. State: a count of empty lines, two octets of an open
-    line."""
+    """SHA-256 of a canonicalized body. State: a count of empty lines, up to two octets."""
 
     __slots__ = ("_hash", "_relaxed", "_carry", "_empty_lines", "_has_content")
 
@@ -170,8 +169,7 @@ class KeyRecord:
 
 
 def parse_key_record(text: bytes) -> KeyRecord:
-    """Parse the TXT record of a selector; raises DkimError if there is no key for SHA-256 mail in
-    it."""
+    """Parse the TXT record of a selector; raises DkimError without a key for SHA-256 mail."""
     if len(text) > MAX_KEY_RECORD:
         raise DkimError("key record too long")
     tags = parse_tags(text)
@@ -353,8 +351,7 @@ class Verifier:
             body_hash.feed(data)
 
     def key_names(self) -> tuple[str, ...]:
-        """Domain names of the keys that could decide; none if there is no signature. Call it
-        once."""
+        """Domain names of the keys that could decide; none without a signature. Call once."""
         digests = {relaxed: body.digest() for relaxed, body in self._bodies.items()}
         self._signatures = [
             (signature, header)
@@ -467,8 +464,7 @@ class Signer:
         self._body.feed(data)
 
     def finish(self, now: float) -> list[bytes]:
-        """The values of the DKIM-Signature fields, one a key, lines ending with LF; call it
-        once."""
+        """The values of DKIM-Signature fields, one a key, lines ending with LF; call once."""
         body_hash = base64.b64encode(self._body.digest())
         signed = _fold(self._signed, b":", 4)
         result = []

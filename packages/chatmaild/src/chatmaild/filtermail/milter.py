@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The milter protocol, version 6, as Postfix speaks it (MILTER_README; libmilter's mfdef.h).
-Sans-IO.
+"""The milter protocol, version 6 (Postfix' MILTER_README, libmilter's mfdef.h). Sans-IO.
 
 Bytes in, bytes out: `Session.feed` takes what arrived and returns what to send. Everything that
 affects the state of a session lives here; what a message means is the business of a `Handler`.
@@ -11,8 +10,7 @@ affects the state of a session lives here; what a message means is the business 
 
 M is good in every state but NEGOTIATE, and always starts afresh. A packet that is too long,
 malformed or out of order ends the session (`closed`); Postfix then lets the message wait (its
-milter_default_action). A message beyond the bounds below is refused where the handler refuses at
-all.
+milter_default_action). A message beyond the bounds below is refused, if the handler ever refuses.
 
 Cost: O(n) in the octets of complete packets. Memory: one incomplete packet (MAX_PACKET), what the
 handler keeps, and the answers to one feed(). While `wanted` is not None, feed nothing more:
@@ -338,8 +336,7 @@ class Session:
         return strings
 
     def _call(self, method: Callable[..., _R], *arguments: object) -> _R | None:
-        """Call a method of the handler; an exception refuses the message, not the session's
-        rest."""
+        """Call a method of the handler; an exception refuses this message and no other."""
         if self._failed:
             return None
         try:

@@ -29,6 +29,5 @@ KEY_UNAVAILABLE = "451 4.7.5 DKIM key temporarily unavailable, try again later"
 
 
 def with_address(reply: str, address: str) -> str:
-    """*reply* with *address* in it; whatever is not printable ASCII becomes "?", 256 octets at
-    most."""
+    """*reply* with up to 256 octets of *address*, whatever is not printable ASCII as "?"."""
     return reply.format("".join(c if "!" <= c <= "~" else "?" for c in address[:256]))

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: MIT
+# The commands people type; .ci/run calls them. All need root: trees, namespaces, containers.
+REPO_URI ?=
+
+.PHONY: help deb repo lint test demo demo-stop clean distclean
+
+help:
+	@echo "sudo make demo       build all, boot a Debian 13 container, install the relay in it"
+	@echo "sudo make demo-stop  remove that container"
+	@echo "sudo make test       everything: build, unit tests, lint, repository, containers"
+	@echo "sudo make deb        the packages, in build/debs"
+	@echo "sudo make repo       the signed apt repository, in build/repo (REPO_URI=where it will be)"
+	@echo "sudo make lint       lintian, shellcheck, ruff, mypy"
+	@echo "make clean           remove build/; distclean: the cache as well"
+
+deb: tools/.host-packages
+	tools/build deb
+
+repo: tools/.host-packages
+	tools/build repo $(REPO_URI)
+
+lint: tools/.host-packages
+	tools/lint
+
+test: tools/.host-packages
+	tools/run-tests
+
+demo: tools/.host-packages
+	tools/demo start
+
+demo-stop:
+	tools/demo stop
+
+# what the host itself needs; everything else happens in trees and containers
+.PHONY: tools/.host-packages
+tools/.host-packages:
+	@tools/host-packages
+
+clean:
+	rm -rf build
+
+distclean: clean
+	rm -rf "$${CHATMAIL_CACHE:-/var/cache/chatmail-relay-build}"

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: MIT
+"""Fixtures of all tests on booted containers, and the table of what ran."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from deltachat_rpc_client import DeltaChat, Rpc
+from lab import Lab
+from lab.host import Host
+from lab.mail import Mail
+from lab.shell import wait_for
+
+DOMAIN = "_alpha.example"
+HEALTHY_SECONDS = 60
+
+_seconds: dict[str, float] = {}
+_counts: dict[str, int] = {}
+measured: dict[str, str] = {}
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[Lab]:
+    """Network, name server and client side; at its end nothing of it may be left."""
+    with Lab("tests") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def relay(lab: Lab) -> Host:
+    """A relay `_alpha.example`, installed by apt from the signed repository."""
+    host = lab.host("alpha", 11, names=(DOMAIN, f"www.{DOMAIN}"))
+    begin = time.monotonic()
+    seconds = host.install_relay(DOMAIN)
+    wait_for(
+        lambda: host.exec("chatmail-relay", "status", check=False).ok,
+        HEALTHY_SECONDS,
+        "chatmail-relay status",
+    )
+    measured["apt install, packages downloaded"] = f"{seconds:.1f} s (goal to first message: 60 s)"
+    host.install_began = begin  # type: ignore[attr-defined]
+    return host
+
+
+@pytest.fixture(scope="session")
+def mail(lab: Lab, relay: Host) -> Mail:
+    """Raw SMTP and IMAP to the relay."""
+    return Mail(lab, relay.address, DOMAIN)
+
+
+@pytest.fixture(scope="module")
+def delta(lab: Lab, relay: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeltaChat]:
+    """The real client: an account manager that runs at the lab's client."""
+    import deltachat_rpc_server
+
+    folder = tmp_path_factory.mktemp("delta")
+    program = Path(deltachat_rpc_server.__file__).parent / "deltachat-rpc-server"
+    if not program.exists():
+        import shutil
+
+        program = Path(shutil.which("deltachat-rpc-server") or "")
+    wrapper = lab.rpc_server(folder, program)
+    with Rpc(accounts_dir=str(folder / "accounts"), rpc_server_path=str(wrapper)) as rpc:
+        yield DeltaChat(rpc)
+
+
+def new_account(delta: DeltaChat, name: str):
+    """A real client's account, made by the relay's own code; online."""
+    account = delta.add_account()
+    account.set_config("displayname", name)
+    account.set_config("bot", "1")  # not limited to one message a second by itself
+    account.add_transport_from_qr(f"dcaccount:{DOMAIN}")
+    account.bring_online()
+    return account
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Add up seconds by test file."""
+    name = report.location[0]
+    _seconds[name] = _seconds.get(name, 0) + report.duration
+    if report.when == "call" and report.passed:
+        _counts[name] = _counts.get(name, 0) + 1
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A module of tests/expected.txt that passed nothing fails a complete run."""
+    if session.config.args != [str(session.config.rootpath / "tests")] and session.config.args != ["tests"]:
+        return
+    expected = (Path(__file__).parent / "expected.txt").read_text().split()
+    missing = [name for name in expected if not _counts.get(name)]
+    if missing:
+        measured["MISSING"] = ", ".join(missing)
+        session.exitstatus = 1
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The tables: what ran and its seconds, and what was measured."""
+    terminalreporter.section("what ran")
+    for name, seconds in sorted(_seconds.items()):
+        terminalreporter.write_line(f"{seconds:8.1f} s  {_counts.get(name, 0):4d} passed  {name}")
+    if measured:
+        terminalreporter.section("measured (goals never fail a run)")
+        for what, value in measured.items():
+            terminalreporter.write_line(f"{what}: {value}")

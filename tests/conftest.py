@@ -14,6 +14,17 @@ from lab.shell import wait_for
 
 DOMAIN = "_alpha.example"
 HEALTHY_SECONDS = 60
+RELAY_UNITS = (
+    "unbound.service",
+    "chatmail-doveauth.service",
+    "chatmail-metadata.service",
+    "chatmail-filtermail.service",
+    "dovecot.service",
+    "postfix.service",
+    "nginx.service",
+    "chatmail-front.service",
+    "systemd-journald@chatmail.service",
+)
 
 _seconds: dict[str, float] = {}
 _counts: dict[str, int] = {}
@@ -39,6 +50,10 @@ def relay(lab: Lab) -> Host:
         "chatmail-relay status",
     )
     measured["apt install, packages downloaded"] = f"{seconds:.1f} s (goal to first message: 60 s)"
+    used = host.memory()
+    assert all(used.get(unit) for unit in RELAY_UNITS), used
+    total = sum(used[unit] for unit in RELAY_UNITS)
+    measured["idle memory (PSS) of the relay's units"] = f"{total:.0f} MB (goal 120 MB)"
     host.install_began = begin  # type: ignore[attr-defined]
     return host
 

@@ -4,28 +4,10 @@
 import json
 
 import pytest
-from conftest import DOMAIN, measured
+from conftest import DOMAIN
 from lab.shell import wait_for
 
-RELAY_UNITS = (
-    "unbound.service",
-    "chatmail-doveauth.service",
-    "chatmail-metadata.service",
-    "chatmail-filtermail.service",
-    "dovecot.service",
-    "postfix.service",
-    "nginx.service",
-    "chatmail-front.service",
-    "systemd-journald@chatmail.service",
-)
 OURS = ("chatmail-front.service", "chatmail-doveauth.service", "chatmail-metadata.service", "chatmail-filtermail.service")
-
-
-def test_idle_memory_is_measured(relay):
-    used = relay.memory()
-    total = sum(used.get(unit, 0) for unit in RELAY_UNITS)
-    assert all(used.get(unit) for unit in RELAY_UNITS)
-    measured["idle PSS of the relay's units"] = f"{total:.0f} MB (goal 120 MB)"
 
 
 def test_status_and_check_are_well_and_speak_json(relay):
@@ -61,7 +43,7 @@ def test_an_invalid_setting_is_refused_with_file_line_value_and_remedy(relay):
 
 def test_a_configuration_its_owner_refuses_is_rolled_back(relay):
     folder = "/etc/chatmail/templates/dovecot"
-    relay.sh(f"mkdir -p {folder} && sed '1a no_such_setting = 1' /usr/share/chatmail-relay/components/dovecot/dovecot.conf.j2 >{folder}/dovecot.conf.j2")
+    relay.sh(f"mkdir -p {folder} && sed '$a no_such_setting = 1' /usr/share/chatmail-relay/components/dovecot/dovecot.conf.j2 >{folder}/dovecot.conf.j2")
     done = relay.exec("chatmail-relay", "apply", check=False)
     relay.sh("rm -r /etc/chatmail/templates")
     assert done.code == 1 and "no_such_setting" in done.err
@@ -71,7 +53,7 @@ def test_a_configuration_its_owner_refuses_is_rolled_back(relay):
 
 
 def test_an_upgrade_of_a_daemon_runs_the_trigger_and_changes_nothing(relay):
-    done = relay.exec("dpkg-trigger", "--no-await", "/usr/sbin/dovecot", "--by-package=dovecot-core", check=False)
+    done = relay.exec("dpkg-trigger", "--no-await", "--by-package=dovecot-core", "/usr/sbin/dovecot", check=False)
     assert done.ok, done.err
     done = relay.exec("dpkg", "--configure", "--pending", timeout=120)
     assert "chatmail-relay: nothing to change" in done.out

@@ -46,11 +46,19 @@ class Recipe:
     variant: str
     packages: tuple[str, ...] = ()
     build_deps: tuple[Path, ...] = ()
+    #: Whether programs run in it as the unprivileged user.
+    builder: bool = True
 
+
+#: What a small server has before the relay is installed on it; the lab boots it.
+HOST = """
+    apt-utils ca-certificates dbus debconf iproute2 libpam-systemd procps systemd systemd-sysv
+""".split()
 
 RECIPES = {
     "build": Recipe("build", "buildd", ("debhelper",), (ROOT, ROOT / "reprepro/keyring")),
     "tools": Recipe("tools", "apt", tuple(TOOLS)),
+    "host": Recipe("host", "minbase", tuple(HOST), builder=False),
 }
 
 
@@ -86,7 +94,9 @@ def key(recipe: Recipe, mirrors: hostapt.Mirrors, options: list[str]) -> str:
 
 
 def _make(recipe: Recipe, mirrors: hostapt.Mirrors, options: list[str], target: Path) -> None:
-    hooks = [f'chroot "$1" useradd --create-home --uid {BUILDER} builder']
+    hooks = []
+    if recipe.builder:
+        hooks.append(f'chroot "$1" useradd --create-home --uid {BUILDER} builder')
     for source in recipe.build_deps:
         if (source / "debian/control").exists():
             hooks.append(_install_build_dependencies(source))

@@ -4,9 +4,8 @@
 import struct
 from dataclasses import dataclass, field
 
-from filtermail_samples import split
-
 from chatmaild.filtermail.milter import Session
+from filtermail_samples import split
 
 POSTFIX_ACTIONS = 0x1FF
 POSTFIX_PROTOCOL = 0x1FFFFF

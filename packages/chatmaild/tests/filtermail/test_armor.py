@@ -2,9 +2,9 @@
 """ASCII armor: one block, complete, with nothing beside it."""
 
 import pytest
-from filtermail_samples import LITERAL, PKESK, armor, encrypted, noise, old_packet, packet
 
 from chatmaild.filtermail.armor import ArmorCheck
+from filtermail_samples import LITERAL, PKESK, armor, encrypted, noise, old_packet, packet
 
 GOOD = armor(encrypted())
 END = b"-----END PGP MESSAGE-----"

@@ -12,7 +12,6 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from dkim.canonicalization import CanonicalizationPolicy
-from filtermail_samples import split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,6 +26,7 @@ from chatmaild.filtermail.dkim import (
     parse_signature,
     parse_tags,
 )
+from filtermail_samples import split
 
 NOW = 1_800_000_000
 
@@ -146,9 +146,7 @@ def test_what_dkimpy_signs_is_valid(canonicalize, key, chunk):
     assert not verify(mail, {"s._domainkey.a.example": record_of(rsa_key(1024))})
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in BODIES if "lone" not in name and "very end" not in name]
-)
+@pytest.mark.parametrize("name", [n for n in BODIES if "lone" not in n and "very end" not in n])
 @pytest.mark.parametrize("canonicalize", CANONICALIZATIONS)
 def test_bodies_signed_by_dkimpy_are_valid(name, canonicalize):
     head = MAIL.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"

@@ -6,6 +6,9 @@ import quopri
 import tracemalloc
 
 import pytest
+
+from chatmaild.filtermail import mime
+from chatmaild.filtermail.mime import MimeCheck, MimeError, parse_content_type
 from filtermail_samples import (
     BOUNDARY,
     DATA_HEADER,
@@ -27,9 +30,6 @@ from filtermail_samples import (
     setup_mail,
     split,
 )
-
-from chatmaild.filtermail import mime
-from chatmaild.filtermail.mime import MimeCheck, MimeError, parse_content_type
 
 ARMORED = armor(encrypted())
 B = BOUNDARY

@@ -4,6 +4,9 @@
 import time
 
 import pytest
+
+from chatmaild.filtermail import openpgp
+from chatmaild.filtermail.openpgp import MAX_SESSION_KEYS, MAX_SMALL_PARTIALS, PacketWalk
 from filtermail_samples import (
     LITERAL,
     PKESK,
@@ -16,9 +19,6 @@ from filtermail_samples import (
     packet,
     partial_packet,
 )
-
-from chatmaild.filtermail import openpgp
-from chatmaild.filtermail.openpgp import MAX_SESSION_KEYS, MAX_SMALL_PARTIALS, PacketWalk
 
 KEY = packet(PKESK, noise(90))
 

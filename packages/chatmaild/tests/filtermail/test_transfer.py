@@ -5,11 +5,11 @@ import base64
 import quopri
 
 import pytest
-from filtermail_samples import noise
 from hypothesis import given
 from hypothesis import strategies as st
 
 from chatmaild.filtermail import transfer
+from filtermail_samples import noise
 
 
 def decode(encoding, text, chunk=None):

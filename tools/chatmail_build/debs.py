@@ -122,3 +122,39 @@ def collect(directories: list[Path]) -> Path:
             for path in directory.iterdir():
                 os.link(path, new / path.name)
     return DEBS
+
+
+def differences(top: Path, extra: Mapping[str, bytes]) -> list[str]:
+    """Build `top` again elsewhere with another umask, time zone and locale; names of differing debs.
+
+    Compares with what `build_source` made; diffoscope says on stdout what differs.
+    """
+    built = build_source(top, extra)
+    with (
+        cache.locked(CACHE / "work.lock"),
+        trees.tree("build") as tree,
+        trees.tree("tools") as tools,
+    ):
+        work = CACHE / "work"
+        if work.exists():
+            cache.remove_tree(work)
+        work.mkdir(parents=True)
+        try:
+            changelog, _ = prepare(top, work, extra)
+            build(tree, work, changelog, OTHER)
+            different = []
+            for path in sorted([*work.glob("*.deb"), *work.glob("*.tar.*")]):
+                if path.read_bytes() == (built / path.name).read_bytes():
+                    continue
+                different.append(path.name)
+                sandbox.run(
+                    tools,
+                    ["diffoscope", f"/built/{path.name}", f"/again/{path.name}"],
+                    binds=[sandbox.Bind(str(built), "/built"), sandbox.Bind(str(work), "/again")],
+                    check=False,
+                )
+            verdict = "differs: " + " ".join(different) if different else "bit for bit the same"
+            print(f"{changelog.source} {changelog.version} built again: {verdict}", flush=True)
+            return different
+        finally:
+            cache.remove_tree(work)

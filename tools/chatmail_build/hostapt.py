@@ -94,7 +94,9 @@ def host_options() -> list[str]:
     dump = subprocess.run(
         ["apt-config", "dump"], check=True, stdout=subprocess.PIPE, text=True
     ).stdout
-    wanted = re.compile(r'Acquire::(https?::|ftp::|Check-Valid-Until|Check-Date|Retries)\S* "[^"]+";')
+    wanted = re.compile(
+        r'Acquire::(https?::|ftp::|Check-Valid-Until|Check-Date|Retries)\S* "[^"]+";'
+    )
     lines = [line for line in dump.splitlines() if wanted.match(line)]
     lines.append('Acquire::Languages "none";')
     if not any(line.startswith("Acquire::Retries") for line in lines):

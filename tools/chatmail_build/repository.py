@@ -34,13 +34,22 @@ Signed-By: /usr/share/keyrings/{KEYRING_NAME}
 """.encode()
 
 
+def _sources(uri: str) -> list[tuple[Path, dict[str, bytes]]]:
+    """Our source packages, each with the files that are put into its copy."""
+    uri = uri or f"file:{REPO}"
+    key = signing.public_key(signing.ensure_key())
+    extra = {KEYRING_NAME: key, "chatmail.sources": sources_file(uri)}
+    return [(debs.KEYRING_SOURCE, extra), (ROOT, {})]
+
+
 def build_all(uri: str) -> Path:
     """Build both sources; *uri* is where the repository will be. Returns build/debs."""
-    home = signing.ensure_key()
-    extra = {KEYRING_NAME: signing.public_key(home), "chatmail.sources": sources_file(uri)}
-    return debs.collect(
-        [debs.build_source(ROOT, {}), debs.build_source(debs.KEYRING_SOURCE, extra)]
-    )
+    return debs.collect([debs.build_source(top, extra) for top, extra in _sources(uri)])
+
+
+def differences(uri: str) -> list[str]:
+    """Files that come out differently when both sources are built again (debs.differences)."""
+    return [name for top, extra in _sources(uri) for name in debs.differences(top, extra)]
 
 
 def make(uri: str = "") -> Path:

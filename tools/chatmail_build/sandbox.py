@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-
 #: The unprivileged user that every tree has (made by trees.py).
 BUILDER = 2952
 

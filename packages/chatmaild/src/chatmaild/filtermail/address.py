@@ -46,8 +46,8 @@ def parse_from(value: str) -> str:
         raise AddressError("too long or not ASCII")
     text = _FOLD.sub("", value).strip(" \t")
     if text.endswith(">"):
-        phrase, _, spec = text[:-1].rpartition("<")
-        if not _PHRASE.match(phrase):
+        phrase, bracket, spec = text[:-1].rpartition("<")
+        if not bracket or not _PHRASE.match(phrase):
             raise AddressError("not one address")
     else:
         spec = text

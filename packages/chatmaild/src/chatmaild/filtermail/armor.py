@@ -68,9 +68,9 @@ class ArmorCheck:
             return self._head(data)
         if self._state == _IN_TAIL:
             end = data.find(b"-")
+            if max(end, len(data) if end < 0 else 0) > MAX_TAIL:
+                return self._fail()
             if end < 0:
-                if len(data) > MAX_TAIL:
-                    return self._fail()
                 self._held = data
                 return b""
             if not self._tail(data[:end]):

@@ -255,8 +255,8 @@ class Session:
 
     def _packets(self, data: bytes, out: list[bytes]) -> None:
         position = 0
-        self._need = 5
-        while len(data) - position >= 5:
+        self._need = _U32.size
+        while len(data) - position >= _U32.size:
             (length,) = _U32.unpack_from(data, position)
             if not 1 <= length <= MAX_PACKET:
                 raise ProtocolError("packet length")

@@ -22,6 +22,7 @@ from chatmaild.filtermail import armor, transfer
 
 MAX_CONTENT_TYPE = 2000  # octets of one Content-Type field
 MAX_BOUNDARY = 200  # RFC 2046 allows 70
+MAX_PADDING = 80  # blanks after a delimiter
 MAX_SMALL = 16384  # octets of what is kept: a part's header, a part with a fixed text
 
 _BLANK = b" \t\r\n"
@@ -223,12 +224,12 @@ class MimeCheck:
         if at:
             self._data(data[:at])
         end = data.find(b"\r\n", at)
+        if (len(data) - 1 if end < 0 else end) - at > len(delimiter) + MAX_PADDING:
+            self._refuse()
+            return b""
         if end < 0:
-            if len(data) - at > len(delimiter) + 80:  # no room for more than transport padding
-                self._refuse()
-            else:
-                self._held = data[at:]
-                self._line_start = True
+            self._held = data[at:]
+            self._line_start = True
             return b""
         rest = data[at + len(delimiter) : end]
         closing = rest.startswith(b"--")
@@ -253,7 +254,7 @@ class MimeCheck:
             self._header += data
             end = self._header.find(b"\r\n\r\n")
             if end < 0:
-                if len(self._header) > MAX_SMALL:
+                if len(self._header) > MAX_SMALL + 1:  # 1: half of the CRLF that is missing
                     self._refuse()
                 return
             header, rest = self._header[: end + 2], self._header[end + 4 :]

@@ -81,6 +81,8 @@ class QuotedPrintable:
 
     @staticmethod
     def _decode(text: bytes) -> bytes:
+        if any(len(line) > MAX_QP_LINE for line in text.split(b"\r\n")):
+            raise ValueError("line too long")
         if not _QUOTED_PRINTABLE.match(text):
             raise ValueError("not quoted-printable")
         return binascii.a2b_qp(text)

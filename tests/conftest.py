@@ -100,7 +100,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """A module of tests/expected.txt that passed nothing fails a complete run."""
-    if session.config.args != [str(session.config.rootpath / "tests")] and session.config.args != ["tests"]:
+    if session.config.args != [str(session.config.rootpath / "tests")] and session.config.args != [
+        "tests"
+    ]:
         return
     expected = (Path(__file__).parent / "expected.txt").read_text().split()
     missing = [name for name in expected if not _counts.get(name)]

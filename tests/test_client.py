@@ -56,7 +56,9 @@ def test_a_file_arrives_whole(pair, tmp_path, size):
             continue
         while snapshot.download_state != "Done":
             if snapshot.download_state == "Available":
-                message.download_full() if hasattr(message, "download_full") else alice._rpc.download_full_message(alice.id, message.id)
+                message.download_full() if hasattr(
+                    message, "download_full"
+                ) else alice._rpc.download_full_message(alice.id, message.id)
             event = alice.wait_for_event()
             if event.kind == EventType.MSGS_CHANGED:
                 snapshot = message.get_snapshot()

@@ -61,13 +61,17 @@ def wait_received(mail, account, marker):
 @pytest.mark.parametrize("port", [465, 587, 443])
 def test_cleartext_is_refused_on_every_submission_port(mail, alice, bob, port):
     with mail.smtp(alice, port) as session:
-        reply = mail.send(session, alice.address, [bob.address], cleartext(alice.address, bob.address))
+        reply = mail.send(
+            session, alice.address, [bob.address], cleartext(alice.address, bob.address)
+        )
     assert reply == ENCRYPTION_NEEDED
 
 
 def test_cleartext_is_refused_on_port_25(mail, bob):
     with mail.smtp(None, 25) as session:
-        reply = mail.send(session, "x@far.example", [bob.address], cleartext("x@far.example", bob.address))
+        reply = mail.send(
+            session, "x@far.example", [bob.address], cleartext("x@far.example", bob.address)
+        )
     assert reply == ENCRYPTION_NEEDED
 
 
@@ -91,7 +95,9 @@ def test_mail_from_must_be_the_login(mail, alice, bob):
 
 def test_header_from_must_be_the_login(mail, alice, bob):
     with mail.smtp(alice) as session:
-        code, text = mail.send(session, alice.address, [bob.address], encrypted(bob.address, bob.address))
+        code, text = mail.send(
+            session, alice.address, [bob.address], encrypted(bob.address, bob.address)
+        )
     assert code >= 500, text
     assert code != 523
 
@@ -103,7 +109,9 @@ def test_nothing_is_submitted_without_a_login(mail, bob):
 
 def test_unsigned_mail_of_other_relays_is_refused(mail, bob):
     with mail.smtp(None, 25) as session:
-        reply = mail.send(session, "x@far.example", [bob.address], encrypted("x@far.example", bob.address))
+        reply = mail.send(
+            session, "x@far.example", [bob.address], encrypted("x@far.example", bob.address)
+        )
     assert reply == (554, "5.7.1 No valid DKIM signature found")
 
 
@@ -229,7 +237,9 @@ def test_capabilities_and_metadata_are_what_clients_look_for(mail, alice):
     assert b"1000" in b"".join(p if isinstance(p, bytes) else b"".join(p) for p in data)
     session.select("INBOX")
     for token in ("token1", "token2"):
-        status, _ = session._simple_command("SETMETADATA", "INBOX", f'(/private/devicetoken "{token}")')
+        status, _ = session._simple_command(
+            "SETMETADATA", "INBOX", f'(/private/devicetoken "{token}")'
+        )
         assert status == "OK"
     session._simple_command("GETMETADATA", "INBOX", "(/private/devicetoken)")
     _status, data = session._untagged_response("OK", [None], "METADATA")
@@ -330,7 +340,11 @@ def test_without_the_filter_no_mail_is_taken(mail, relay, alice, bob):
             try:
                 with mail.smtp(account, port) as session:
                     code = mail.send(session, alice.address, [bob.address], message)[0]
-            except (smtplib.SMTPConnectError, smtplib.SMTPServerDisconnected, smtplib.SMTPResponseException) as error:
+            except (
+                smtplib.SMTPConnectError,
+                smtplib.SMTPServerDisconnected,
+                smtplib.SMTPResponseException,
+            ) as error:
                 code = getattr(error, "smtp_code", 421)
             assert 400 <= code < 500
     finally:

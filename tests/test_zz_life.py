@@ -7,7 +7,12 @@ import pytest
 from conftest import DOMAIN
 from lab.shell import wait_for
 
-OURS = ("chatmail-front.service", "chatmail-doveauth.service", "chatmail-metadata.service", "chatmail-filtermail.service")
+OURS = (
+    "chatmail-front.service",
+    "chatmail-doveauth.service",
+    "chatmail-metadata.service",
+    "chatmail-filtermail.service",
+)
 
 
 def test_status_and_check_are_well_and_speak_json(relay):
@@ -23,7 +28,9 @@ def test_no_file_of_another_package_was_touched(relay):
 
 @pytest.mark.parametrize("unit", OURS)
 def test_units_run_with_least_privilege(relay, unit):
-    done = relay.exec("systemd-analyze", "security", "--threshold=25", "--no-pager", unit, check=False)
+    done = relay.exec(
+        "systemd-analyze", "security", "--threshold=25", "--no-pager", unit, check=False
+    )
     assert done.ok, done.out.splitlines()[-1]
 
 
@@ -33,17 +40,25 @@ def test_a_second_apply_changes_nothing(relay):
 
 
 def test_an_invalid_setting_is_refused_with_file_line_value_and_remedy(relay):
-    relay.sh("cp -a /etc/chatmail/chatmail.ini /root/good.ini && echo 'tls = magic' >>/etc/chatmail/chatmail.ini")
+    relay.sh(
+        "cp -a /etc/chatmail/chatmail.ini /root/good.ini && echo 'tls = magic' >>/etc/chatmail/chatmail.ini"
+    )
     done = relay.exec("chatmail-relay", "apply", check=False)
     relay.sh("mv /root/good.ini /etc/chatmail/chatmail.ini")
     assert done.code == 1
-    assert "chatmail.ini:" in done.err and 'tls = magic: unknown way' in done.err and 'Write "self"' in done.err
+    assert (
+        "chatmail.ini:" in done.err
+        and "tls = magic: unknown way" in done.err
+        and 'Write "self"' in done.err
+    )
     assert relay.exec("chatmail-relay", "status", check=False).ok
 
 
 def test_a_configuration_its_owner_refuses_is_rolled_back(relay):
     folder = "/etc/chatmail/templates/dovecot"
-    relay.sh(f"mkdir -p {folder} && sed '$a no_such_setting = 1' /usr/share/chatmail-relay/components/dovecot/dovecot.conf.j2 >{folder}/dovecot.conf.j2")
+    shipped = "/usr/share/chatmail-relay/components/dovecot/dovecot.conf.j2"
+    script = f"mkdir -p {folder} && sed '$a no_such_setting = 1' {shipped} >{folder}/dovecot.conf.j2"
+    relay.sh(script)
     done = relay.exec("chatmail-relay", "apply", check=False)
     relay.sh("rm -r /etc/chatmail/templates")
     assert done.code == 1 and "no_such_setting" in done.err
@@ -53,7 +68,9 @@ def test_a_configuration_its_owner_refuses_is_rolled_back(relay):
 
 
 def test_an_upgrade_of_a_daemon_runs_the_trigger_and_changes_nothing(relay):
-    done = relay.exec("dpkg-trigger", "--no-await", "--by-package=dovecot-core", "/usr/sbin/dovecot", check=False)
+    done = relay.exec(
+        "dpkg-trigger", "--no-await", "--by-package=dovecot-core", "/usr/sbin/dovecot", check=False
+    )
     assert done.ok, done.err
     done = relay.exec("dpkg", "--configure", "--pending", timeout=120)
     assert "chatmail-relay: nothing to change" in done.out
@@ -71,9 +88,27 @@ def test_dpkg_reconfigure_changes_the_domain_and_everything_follows(relay):
     relay.exec("dpkg-reconfigure", "-f", "noninteractive", "chatmail-relay", timeout=120)
     wait_for(lambda: relay.exec("chatmail-relay", "status", check=False).ok, 60, "status")
     assert relay.exec("postconf", "-h", "virtual_mailbox_domains").out == "_beta.example\n"
-    names = relay.exec("openssl", "x509", "-in", "/var/lib/chatmail/tls/self-signed.crt", "-noout", "-ext", "subjectAltName", check=False)
+    names = relay.exec(
+        "openssl",
+        "x509",
+        "-in",
+        "/var/lib/chatmail/tls/self-signed.crt",
+        "-noout",
+        "-ext",
+        "subjectAltName",
+        check=False,
+    )
     assert "_beta.example" in (names.out or "_beta.example")
-    rendered = relay.exec("grep", "-rlF", DOMAIN, "/etc/chatmail", "/etc/nginx", "/etc/postfix", "/var/lib/chatmail/www", check=False)
+    rendered = relay.exec(
+        "grep",
+        "-rlF",
+        DOMAIN,
+        "/etc/chatmail",
+        "/etc/nginx",
+        "/etc/postfix",
+        "/var/lib/chatmail/www",
+        check=False,
+    )
     assert rendered.out == ""
 
 
@@ -83,7 +118,9 @@ def test_an_unconfigured_installation_succeeds_and_says_how_to_go_on(lab):
         host.install_relay("")
         done = host.exec("chatmail-relay", "status", check=False)
         assert done.code == 1 and "dpkg-reconfigure chatmail-relay" in done.out
-        assert host.exec("systemctl", "is-active", "dovecot.service", check=False).out == "inactive\n"
+        assert (
+            host.exec("systemctl", "is-active", "dovecot.service", check=False).out == "inactive\n"
+        )
         host.exec("chatmail-relay", "set", "mail_domain=_gamma.example")
         host.exec("chatmail-relay", "apply", timeout=120)
         wait_for(lambda: host.exec("chatmail-relay", "status", check=False).ok, 60, "status")
@@ -96,15 +133,33 @@ def test_purge_leaves_nothing_of_ours(lab):
     try:
         before = host.files("/etc", "/usr", "/var")
         host.install_relay("_gone.example")
-        host.exec("debconf-set-selections", input="chatmail-relay chatmail-relay/purge_mail boolean true\n")
+        host.exec(
+            "debconf-set-selections",
+            input="chatmail-relay chatmail-relay/purge_mail boolean true\n",
+        )
         new = host.sh("dpkg-query -W -f '${Package}\\n' | sort").out.split()
         host.sh("apt-get purge -q --yes 'chatmail-*' python3-chatmaild", timeout=120)
         left = host.files("/etc", "/usr", "/var") - before
         assert "chatmail-relay" in new
         ours = sorted(path for path in left if "chatmail" in path.lower())
-        ours = [p for p in ours if not p.startswith(("/var/cache/apt/", "/var/lib/apt/", "/etc/apt/", "/usr/share/keyrings/", "/var/log/journal"))]
+        ours = [
+            p
+            for p in ours
+            if not p.startswith(
+                (
+                    "/var/cache/apt/",
+                    "/var/lib/apt/",
+                    "/etc/apt/",
+                    "/usr/share/keyrings/",
+                    "/var/log/journal",
+                )
+            )
+        ]
         assert ours == []
         assert host.exec("systemctl", "is-active", "postfix.service", check=False).out == "active\n"
-        assert "_gone.example" not in host.sh("postconf -n; cat /etc/nginx/sites-enabled/* /etc/postfix/master.cf").out
+        assert (
+            "_gone.example"
+            not in host.sh("postconf -n; cat /etc/nginx/sites-enabled/* /etc/postfix/master.cf").out
+        )
     finally:
         lab.remove(host)

@@ -179,18 +179,28 @@ class Run:
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
                 found.append(f"process {pid}: {b' '.join(words).decode(errors='replace').strip()}")
         found += [f"mount {point}" for point in self.mounts()]
-        found += [f"network namespace {name}" for name in self.recorded("netns")
-                  if (NETNS / name).exists()]
+        found += [
+            f"network namespace {name}"
+            for name in self.recorded("netns")
+            if (NETNS / name).exists()
+        ]
         found += [f"cgroup {path}" for path in self._cgroups()]
-        found += [f"link {name}" for name in os.listdir("/sys/class/net")
-                  if name.startswith(f"cml{self.id}"[:15])]
+        found += [
+            f"link {name}"
+            for name in os.listdir("/sys/class/net")
+            if name.startswith(f"cml{self.id}"[:15])
+        ]
         return found
 
     def _cgroups(self) -> list[Path]:
         """The run's cgroups that exist, innermost first (the order in which rmdir works)."""
         roots = [Path(name) for name in self.recorded("cgroup")] + [self.cgroup]
-        paths = {path for root in roots if root.is_dir()
-                 for path in [root, *(p for p in root.rglob("*") if p.is_dir())]}
+        paths = {
+            path
+            for root in roots
+            if root.is_dir()
+            for path in [root, *(p for p in root.rglob("*") if p.is_dir())]
+        }
         return sorted(paths, key=lambda path: (-len(path.parts), path))
 
     # -- the end -------------------------------------------------------------------------------

@@ -193,7 +193,5 @@ class Host:
             answer = f"chatmail-relay chatmail-relay/mail_domain string {domain}\n"
             self.exec("debconf-set-selections", input=answer)
         begin = time.monotonic()
-        self.sh(
-            "apt-get install -q --yes --no-install-recommends chatmail-relay", timeout=timeout
-        )
+        self.sh("apt-get install -q --yes --no-install-recommends chatmail-relay", timeout=timeout)
         return time.monotonic() - begin

@@ -101,13 +101,16 @@ class Network:
         """A namespace NAME with 10.77.0.`number`/24 and fd77::`number`/64 on the bridge."""
         namespace = self._namespace(name, IPV4.format(number), IPV6.format(number))
         port = f"p-{name}"[:15]
-        run(["ip", "-n", namespace.name, "-batch", "-"], input=f"""
+        run(
+            ["ip", "-n", namespace.name, "-batch", "-"],
+            input=f"""
             link set lo up
             link add host0 type veth peer name {port} netns {self.switch.name}
             addr add {namespace.ipv4}/24 dev host0
             addr add {namespace.ipv6}/64 dev host0 nodad
             link set host0 up
-        """)
+        """,
+        )
         run(["ip", "-n", self.switch.name, "link", "set", port, "master", "br0", "up"])
         return namespace
 

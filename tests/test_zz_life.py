@@ -57,7 +57,9 @@ def test_an_invalid_setting_is_refused_with_file_line_value_and_remedy(relay):
 def test_a_configuration_its_owner_refuses_is_rolled_back(relay):
     folder = "/etc/chatmail/templates/dovecot"
     shipped = "/usr/share/chatmail-relay/components/dovecot/dovecot.conf.j2"
-    script = f"mkdir -p {folder} && sed '$a no_such_setting = 1' {shipped} >{folder}/dovecot.conf.j2"
+    script = (
+        f"mkdir -p {folder} && sed '$a no_such_setting = 1' {shipped} >{folder}/dovecot.conf.j2"
+    )
     relay.sh(script)
     done = relay.exec("chatmail-relay", "apply", check=False)
     relay.sh("rm -r /etc/chatmail/templates")

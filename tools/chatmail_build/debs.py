@@ -39,7 +39,7 @@ class Changelog:
         date = re.search(r"^ -- .* <.*>  (.*)$", text, re.MULTILINE)
         if not head or not date:
             raise BuildError(f"{top}/debian/changelog: no valid first entry")
-        return cls(*head.groups(), int(parsedate_to_datetime(date[1]).timestamp()))
+        return cls(head[1], head[2], head[3], int(parsedate_to_datetime(date[1]).timestamp()))
 
 
 @dataclass(frozen=True)

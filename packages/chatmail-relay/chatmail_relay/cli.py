@@ -156,7 +156,9 @@ def _set(paths: Paths, options: argparse.Namespace) -> int:
     exists = paths.ini.exists()
     old = paths.ini.read_text(encoding="utf-8") if exists else default_ini()
     explicit = explicit_values(paths.ini, old)
-    changes = {k: v for k, v in changes.items() if explicit.get(k) != v and not _same(k, v, explicit)}
+    changes = {
+        k: v for k, v in changes.items() if explicit.get(k) != v and not _same(k, v, explicit)
+    }
     new = edit_ini(old, changes)
     warnings = _validate(paths, new)
     if new != old or not exists:
@@ -170,7 +172,9 @@ def _set(paths: Paths, options: argparse.Namespace) -> int:
 
 def _same(key: str, value: str, explicit: dict[str, str]) -> bool:
     """Whether setting *key* to *value* would only spell out its default."""
-    return key in FIELDS and key not in explicit and (FIELDS[key].metadata["default"] or "") == value
+    return (
+        key in FIELDS and key not in explicit and (FIELDS[key].metadata["default"] or "") == value
+    )
 
 
 def _validate(paths: Paths, text: str) -> list[Problem]:

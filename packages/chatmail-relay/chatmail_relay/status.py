@@ -63,7 +63,9 @@ def check(paths: Paths, version: str) -> list[Finding]:
             if component.check:
                 reasons = run_checkers([component])
                 findings.append(
-                    Finding(f"checker {component.name}", not reasons, "; ".join(reasons) or "content")
+                    Finding(
+                        f"checker {component.name}", not reasons, "; ".join(reasons) or "content"
+                    )
                 )
     findings += _limits(paths, plan, version)
     return findings

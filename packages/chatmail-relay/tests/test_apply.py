@@ -36,7 +36,9 @@ def root(tmp_path, monkeypatch):
     folder = tmp_path / "usr/share/chatmail-relay/components/toy"
     folder.mkdir(parents=True)
     (folder / "component.toml").write_text(TOML % {"root": tmp_path})
-    (folder / "toy.conf.j2").write_text("# {{ header }}\ndomain={{ mail_domain }}\n{{ privacy_pdo }}\n")
+    (folder / "toy.conf.j2").write_text(
+        "# {{ header }}\ndomain={{ mail_domain }}\n{{ privacy_pdo }}\n"
+    )
     (folder / "extra.j2").write_text("extra\n")
     if os.geteuid() != 0:  # the package build is not root
         monkeypatch.setattr("chatmail_relay.transaction.os.geteuid", lambda: 1)

@@ -76,7 +76,8 @@ class NewEmail:
             self.gate.check_open()
         except Exception:
             return _error(
-                HTTPStatus.SERVICE_UNAVAILABLE, "this relay does not take new accounts at the moment"
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                "this relay does not take new accounts at the moment",
             )
         try:
             self.gate.check_machine()

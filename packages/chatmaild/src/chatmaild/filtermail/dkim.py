@@ -183,12 +183,13 @@ def parse_key_record(text: bytes) -> KeyRecord:
         raise DkimError("key revoked, or none")
     data = _base64(tags["p"])
     kind = tags.get("k", b"rsa").lower()
-    key: object
+    key: rsa.RSAPublicKey | ed25519.Ed25519PublicKey
     try:
         if kind == b"rsa":
-            key = serialization.load_der_public_key(data)
-            if not isinstance(key, rsa.RSAPublicKey):
+            loaded = serialization.load_der_public_key(data)
+            if not isinstance(loaded, rsa.RSAPublicKey):
                 raise DkimError("key is not RSA")
+            key = loaded
             if not MIN_RSA_BITS <= key.key_size <= MAX_RSA_BITS:
                 raise DkimError("RSA key too small or too large")
         elif kind == b"ed25519":

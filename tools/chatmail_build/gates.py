@@ -185,6 +185,16 @@ def wrap_and_sort(source: Source) -> list[str]:
     return source.run(["sh", "-euc", script])
 
 
+def debconf(source: Source) -> list[str]:
+    """debian/po/templates.pot is made from the questions as they are now."""
+    script = """
+    cp -r debian /tmp/debian && cd /tmp && debconf-updatepo
+    for tree in /src /tmp; do grep -v '^"POT-Creation-Date' $tree/debian/po/templates.pot >$tree.pot; done
+    diff -u /src.pot /tmp.pot
+    """
+    return source.run(["sh", "-euc", script])
+
+
 def debputy(source: Source) -> list[str]:
     """debputy's own checks of the files in debian/."""
     script = (
@@ -256,6 +266,7 @@ GATES: dict[str, Gate] = {
     "ruff-format": ruff_format,
     "mypy": mypy,
     "wrap-and-sort": wrap_and_sort,
+    "debconf": debconf,
     "debputy": debputy,
     "overrides": overrides,
     "units": units,

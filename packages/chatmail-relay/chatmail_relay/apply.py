@@ -102,8 +102,8 @@ def make_plan(paths: Paths, version: str) -> Plan:
         _plan_files(paths, plan, old, component, rendered[component.name])
     for name in set(old.components) - set(rendered):
         _plan_removal(paths, plan, old.components[name])
-    postfix_users: list[Rendered | Entry] = [*rendered.values(), *old.components.values()]
-    if any(item.postconf or item.master for item in postfix_users):
+    now = any(item.postconf or item.master for item in rendered.values())
+    if now or any(entry.postconf or entry.master for entry in old.components.values()):
         _plan_postfix(paths, plan, old, components, rendered)
     new = Change(ledger_path(paths.state), plan.ledger.to_json(), 0o600)
     if differs(new):

@@ -57,8 +57,11 @@ def _self_signed(paths: Paths, domain: str) -> list[Change]:
 def _names(path: Path) -> list[str]:
     if not path.exists():
         return []
-    certificate = x509.load_pem_x509_certificate(path.read_bytes())
-    extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    try:
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except (ValueError, x509.ExtensionNotFound):
+        return []
     return list(extension.value.get_values_for_type(x509.DNSName))
 
 

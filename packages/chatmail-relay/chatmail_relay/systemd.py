@@ -16,6 +16,8 @@ def activate(unit: str, action: str) -> str | None:
     is checked for that by deb-systemd-invoke: hence try-reload-or-restart.
     """
     verb = "restart" if action == "restart" else "try-reload-or-restart"
+    # a daemon that could not start with its old configuration has met systemd's start limit
+    subprocess.run(["systemctl", "reset-failed", unit], capture_output=True, timeout=60)
     try:
         done = subprocess.run(
             ["deb-systemd-invoke", verb, unit], capture_output=True, text=True, timeout=300

@@ -189,9 +189,9 @@ def parse_key_record(text: bytes) -> KeyRecord:
             loaded = serialization.load_der_public_key(data)
             if not isinstance(loaded, rsa.RSAPublicKey):
                 raise DkimError("key is not RSA")
-            if not MIN_RSA_BITS <= loaded.key_size <= MAX_RSA_BITS:
-                raise DkimError("RSA key too small or too large")
             key = loaded
+            if not MIN_RSA_BITS <= key.key_size <= MAX_RSA_BITS:
+                raise DkimError("RSA key too small or too large")
         elif kind == b"ed25519":
             key = ed25519.Ed25519PublicKey.from_public_bytes(data)
         else:

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: MIT
+"""The lab's network: one bridge in a namespace of its own, no uplink, no way out.
+
+Each host has a namespace with one veth `host0`, addressed before it boots, so that no service ever
+races an address. Names carry the run's id; all links live inside namespaces, so the host's own list
+of interfaces never changes and two runs may use the same addresses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .cleanup import NETNS, Run
+from .shell import run
+
+IPV4 = "10.77.0.{}"
+IPV6 = "fd77::{}"
+CLONE_NEWNET = 0x40000000
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """A network namespace and the addresses of its `host0`."""
+
+    name: str
+    ipv4: str = ""
+    ipv6: str = ""
+    path: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", NETNS / self.name)
+
+
+def _setns(fd: int) -> None:
+    if _libc.setns(fd, CLONE_NEWNET):
+        error = ctypes.get_errno()
+        raise OSError(error, f"setns: {os.strerror(error)}")
+
+
+Resolver = Callable[[str, int], list[tuple[socket.AddressFamily, str]]]
+_names = threading.local()
+_getaddrinfo = socket.getaddrinfo
+
+
+def _lab_getaddrinfo(host: Any, port: Any, family: int = 0, *args: Any, **kw: Any) -> Any:
+    """getaddrinfo(3) that asks the lab's names first, in a thread that is inside a namespace."""
+    resolver: Resolver | None = getattr(_names, "resolver", None)
+    if resolver is None or not isinstance(host, str):
+        return _getaddrinfo(host, port, family, *args, **kw)
+    answers = []
+    for _, address in resolver(host, family):
+        answers += _getaddrinfo(address, port, family, *args, **kw)
+    return answers or _getaddrinfo(host, port, family, *args, **kw)
+
+
+socket.getaddrinfo = _lab_getaddrinfo
+
+
+@contextlib.contextmanager
+def inside(namespace: Namespace, resolver: Resolver | None = None) -> Iterator[None]:
+    """Let this thread (only) create sockets in `namespace`; they stay there afterwards."""
+    before = getattr(_names, "resolver", None)
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        target = os.open(namespace.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _setns(target)
+        finally:
+            os.close(target)
+        _names.resolver = resolver
+        try:
+            yield
+        finally:
+            _names.resolver = before
+            _setns(home)
+    finally:
+        os.close(home)
+
+
+class Network:
+    """Bridge and namespaces of one run."""
+
+    def __init__(self, state: Run) -> None:
+        self._state = state
+        self.switch = self._namespace("sw")
+        ip = ["ip", "-n", self.switch.name, "link"]
+        run([*ip, "add", "br0", "type", "bridge"])
+        run([*ip, "set", "br0", "up"])
+
+    def attach(self, name: str, number: int) -> Namespace:
+        """A namespace NAME with 10.77.0.`number`/24 and fd77::`number`/64 on the bridge."""
+        namespace = self._namespace(name, IPV4.format(number), IPV6.format(number))
+        port = f"p-{name}"[:15]
+        run(
+            ["ip", "-n", namespace.name, "-batch", "-"],
+            input=f"""
+            link set lo up
+            link add host0 type veth peer name {port} netns {self.switch.name}
+            addr add {namespace.ipv4}/24 dev host0
+            addr add {namespace.ipv6}/64 dev host0 nodad
+            link set host0 up
+        """,
+        )
+        run(["ip", "-n", self.switch.name, "link", "set", port, "master", "br0", "up"])
+        return namespace
+
+    def detach(self, namespace: Namespace) -> None:
+        """Delete a namespace; the kernel removes its veth pair with it."""
+        run(["ip", "netns", "del", namespace.name])
+
+    def close(self) -> None:
+        self.detach(self.switch)
+
+    def _namespace(self, name: str, ipv4: str = "", ipv6: str = "") -> Namespace:
+        namespace = Namespace(f"cml{self._state.id}-{name}", ipv4, ipv6)
+        self._state.record("netns", namespace.name)
+        run(["ip", "netns", "add", namespace.name])
+        # Duplicate address detection would keep link-local addresses unusable for a second.
+        with inside(namespace):
+            for scope in ("all", "default"):
+                path = Path(f"/proc/sys/net/ipv6/conf/{scope}/accept_dad")
+                if path.exists():
+                    path.write_text("0")
+        return namespace

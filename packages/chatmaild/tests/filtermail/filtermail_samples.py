@@ -159,13 +159,34 @@ def report_mail(sender="MAILER-DAEMON@other.example", automatic=b"auto-replied")
     ) + multipart(b"Content-Type: text/plain\r\n\r\nYour mail was lost.")
 
 
-_FIELD = re.compile(rb"([^\r\n:]*):((?:[^\r\n]|\r?\n[ \t])*)\r?\n")
+_NAME = re.compile(rb"([!-9;-~]+)[ \t]*:")
 
 
 def split(mail):
-    """Header fields and body of *mail*, the way a milter of Postfix is told them."""
-    head, _, body = mail.partition(b"\r\n\r\n")
-    fields = [
-        (match[1], match[2].replace(b"\r\n", b"\n")) for match in _FIELD.finditer(head + b"\r\n")
-    ]
-    return fields, body
+    """Header fields and body of *mail*, the way Postfix reads it and tells a milter.
+
+    A line that is no field ends the header and begins the body.
+    """
+    fields = []
+    at = 0
+    while at < len(mail):
+        end = mail.find(b"\r\n", at)
+        end = len(mail) if end < 0 else end
+        line = mail[at:end]
+        if not line:
+            return fields, mail[end + 2 :]
+        name = _NAME.match(line)
+        if name:
+            fields.append((name[1], line[name.end() :]))
+        elif fields and line[:1] in (b" ", b"\t"):
+            fields[-1] = (fields[-1][0], fields[-1][1] + b"\n" + line)
+        else:
+            return fields, mail[at:]
+        at = end + 2
+    return fields, b""
+
+
+def normalized(mail):
+    """*mail* as Postfix takes it from the network: line ends CRLF, no other control of lines."""
+    lines = mail.replace(b"\r\n", b"\n").replace(b"\r", b" ").replace(b"\0", b" ")
+    return lines.replace(b"\n", b"\r\n")

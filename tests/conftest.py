@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Fixtures of all tests on booted containers, and the table of what ran."""
+"""Fixtures of all tests on booted containers, and what they measured."""
 
 import time
 from collections.abc import Iterator
@@ -26,7 +26,6 @@ RELAY_UNITS = (
     "systemd-journald@chatmail.service",
 )
 
-_seconds: dict[str, float] = {}
 _counts: dict[str, int] = {}
 measured: dict[str, str] = {}
 
@@ -91,9 +90,8 @@ def new_account(delta: DeltaChat, name: str):
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Add up seconds by test file."""
+    """Count what passed, by test file."""
     name = report.location[0]
-    _seconds[name] = _seconds.get(name, 0) + report.duration
     if report.when == "call" and report.passed:
         _counts[name] = _counts.get(name, 0) + 1
 
@@ -112,10 +110,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The tables: what ran and its seconds, and what was measured."""
-    terminalreporter.section("what ran")
-    for name, seconds in sorted(_seconds.items()):
-        terminalreporter.write_line(f"{seconds:8.1f} s  {_counts.get(name, 0):4d} passed  {name}")
+    """What was measured; the table of what ran is tools/chatmail_build/report.py's."""
     if measured:
         terminalreporter.section("measured (goals never fail a run)")
         for what, value in measured.items():

@@ -2,9 +2,12 @@
 """An installation's settings, its neighbours' files, and its end without trace. Runs last."""
 
 import json
+import socket
+import ssl
 
 import pytest
 from conftest import DOMAIN
+from lab.mail import context
 from lab.shell import wait_for
 
 OURS = (
@@ -79,7 +82,32 @@ def test_an_upgrade_of_a_daemon_runs_the_trigger_and_changes_nothing(relay):
     assert relay.exec("chatmail-relay", "status", check=False).ok
 
 
+def test_an_existing_certificate_is_served_on_every_port(relay, mail, lab):
+    relay.sh(
+        "mkdir -p /etc/mycert && openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
+        f" -days 90 -subj /CN=mine -addext subjectAltName=DNS:{DOMAIN}"
+        " -keyout /etc/mycert/key.pem -out /etc/mycert/chain.pem"
+    )
+    paths = "/etc/mycert/chain.pem /etc/mycert/key.pem"
+    relay.exec("chatmail-relay", "set", f"tls_external_cert_and_key={paths}", "tls=external")
+    relay.exec("chatmail-relay", "apply", timeout=120)
+    wanted = ssl.PEM_cert_to_DER_cert(relay.read("/etc/mycert/chain.pem"))
+
+    def served(port):
+        with lab.at_client(), socket.create_connection((relay.address, port), 10) as plain:
+            with context().wrap_socket(plain, server_hostname=DOMAIN) as secured:
+                return secured.getpeercert(binary_form=True)
+
+    for port in (443, 465, 993):
+        wait_for(lambda port=port: served(port) == wanted, 20, f"new certificate on {port}")
+    relay.exec("chatmail-relay", "set", "tls=self", "tls_external_cert_and_key=")
+    relay.exec("chatmail-relay", "apply", timeout=120)
+    wait_for(lambda: relay.exec("chatmail-relay", "status", check=False).ok, 60, "status")
+    assert served(993) != wanted
+
+
 def test_dpkg_reconfigure_changes_the_domain_and_everything_follows(relay):
+    relay.exec("chatmail-relay", "set", f"mail_domain={DOMAIN}")
     answer = "chatmail-relay chatmail-relay/mail_domain string _beta.example\n"
     # what a person types into the question reaches the config script by debconf; the file is the
     # truth there, so a preseed alone changes nothing

@@ -171,7 +171,7 @@ class Host:
             return
         if self._leader:
             try:
-                self.exec("systemctl", "poweroff", "--force", check=False, timeout=10)
+                self.exec("systemctl", "poweroff", check=False, timeout=10)
             except CommandFailed:
                 pass
         try:

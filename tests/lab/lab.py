@@ -103,11 +103,13 @@ class Lab:
             for host in reversed(self._hosts):
                 host.stop()
             self.dns.close()
+            # processes are found by their namespaces, so before these go
+            left = [line for line in self.state.leftovers() if line.startswith("process")]
             for name in self.state.recorded("netns"):
                 if os.path.exists(f"/run/netns/{name}"):
                     self.network.detach(Namespace(name))
             self.state._remove_cgroups()
-            left = self.state.leftovers()
+            left += self.state.leftovers()
         finally:
             self.state.destroy()
             self._stack.close()

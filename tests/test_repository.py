@@ -82,7 +82,7 @@ def test_apt_installs_from_the_directory(tree, repository):
 def test_apt_downloads_over_http(tree, repository):
     status, output = apt(tree, repository, SERVE + UPDATE + DOWNLOAD, "http://127.0.0.1:8099/")
     assert status == 0, output
-    assert "Get:3 http://127.0.0.1:8099" in output, output
+    assert "http://127.0.0.1:8099 trixie/main amd64 chatmail-apt-source" in output, output
 
 
 def test_installed_source_and_origin_work(tree, repository):

@@ -236,8 +236,8 @@ class Run:
             pid, start = item.split()
             if is_alive(int(pid), start):
                 kill_and_wait(int(pid), signal.SIGKILL, 10)
-        for pid in self.processes():  # in a namespace of ours, but started outside our cgroups
-            kill_and_wait(pid, signal.SIGKILL, 10)
+        for member in self.processes():  # in a namespace of ours, but started outside our cgroups
+            kill_and_wait(member, signal.SIGKILL, 10)
 
     def remove_cgroups(self) -> bool:
         """Remove the cgroups that have no process; whether all are gone."""

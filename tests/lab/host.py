@@ -147,8 +147,8 @@ class Host:
         try:
             while True:
                 left = max(deadline - time.monotonic(), 0)
-                ready = select.select([notify, died], [], [], left)[0]
-                if notify in ready:
+                ready = select.select([notify.fileno(), died], [], [], left)[0]
+                if notify.fileno() in ready:
                     message = notify.recv(65536).decode(errors="replace")
                     if match := re.search(r"^X_NSPAWN_LEADER_PID=(\d+)", message, re.MULTILINE):
                         self._leader = int(match[1])

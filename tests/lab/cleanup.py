@@ -233,9 +233,9 @@ class Run:
                     for pid in _members(path):
                         kill_and_wait(pid, signal.SIGKILL, 10)
         for item in self.recorded("pid"):
-            pid, start = item.split()
-            if is_alive(int(pid), start):
-                kill_and_wait(int(pid), signal.SIGKILL, 10)
+            number, start = item.split()
+            if is_alive(int(number), start):
+                kill_and_wait(int(number), signal.SIGKILL, 10)
         for member in self.processes():  # in a namespace of ours, but started outside our cgroups
             kill_and_wait(member, signal.SIGKILL, 10)
 

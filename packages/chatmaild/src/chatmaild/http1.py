@@ -68,7 +68,7 @@ class RequestReader:
         return request
 
     def _read_head(self) -> bool:
-        if self._buffer.startswith(b"\r\n"):  # RFC 9112 section 2.2: ignore one
+        while self._buffer.startswith(b"\r\n"):  # RFC 9112 section 2.2: ignore at least one
             del self._buffer[:2]
         end = self._buffer.find(_END, self._searched)
         if end > MAX_HEAD or end < 0 and len(self._buffer) > MAX_HEAD:

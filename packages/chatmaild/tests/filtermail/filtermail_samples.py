@@ -165,7 +165,8 @@ _NAME = re.compile(rb"([!-9;-~]+)[ \t]*:")
 def split(mail):
     """Header fields and body of *mail*, the way Postfix reads it and tells a milter.
 
-    A line that is no field ends the header and begins the body.
+    A line that is no field ends the header and begins the body; of blanks before the colon the
+    first one is taken for the colon.
     """
     fields = []
     at = 0
@@ -177,7 +178,7 @@ def split(mail):
             return fields, mail[end + 2 :]
         name = _NAME.match(line)
         if name:
-            fields.append((name[1], line[name.end() :]))
+            fields.append((name[1], line[len(name[1]) + 1 :]))
         elif fields and line[:1] in (b" ", b"\t"):
             fields[-1] = (fields[-1][0], fields[-1][1] + b"\n" + line)
         else:

@@ -122,6 +122,7 @@ NOT_ENCRYPTED = {
     "boundary in pieces beside a whole one": with_type(
         b'multipart/encrypted; boundary="%s"; boundary*0=x' % B
     ),
+    "boundary with a backslash": with_type(b'multipart/encrypted; boundary="\\%s"' % B),
     "boundary with a quote in it": with_type(b'multipart/encrypted; boundary="\\"%s"' % B),
     "long boundary": header(content_type=b'multipart/encrypted; boundary="%s"' % (b"x" * 201))
     + encrypted_body(boundary=b"x" * 201),
@@ -171,6 +172,8 @@ NOT_ENCRYPTED = {
     + multipart(VERSION_PART, b"X: y\rhello\r\n" + DATA_HEADER + ARMORED),
     "endless header of a part": header()
     + multipart(VERSION_PART, b"X: y\r\n" * 4000 + DATA_HEADER + ARMORED),
+    "blank before a colon": header()
+    + multipart(VERSION_PART, DATA_HEADER.replace(b"Type:", b"Type :") + ARMORED),
     "version 2": encrypted_mail().replace(b"Version: 1", b"Version: 2"),
     "text beside the version": encrypted_mail().replace(b"Version: 1\r\n", b"Version: 1\r\nhi\r\n"),
     "text before the armor": encrypted_mail(text=b"hi\r\n" + ARMORED),

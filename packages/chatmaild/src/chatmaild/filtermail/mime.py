@@ -32,7 +32,8 @@ _PARAMETER = re.compile(
     rf"[ \t\r\n]*(?:({_TOKEN})=(?:\"((?:[^\"\\\r\n]|\\[^\r\n])*)\"|({_TOKEN}))[ \t\r\n]*)?(?:;|\Z)"
 )
 _BOUNDARY = re.compile(r"[ !#-\[\]-~]*[!#-\[\]-~]\Z")
-_FIELD = re.compile(r"([!-9;-~]+)[ \t]*:((?:[^\r\n]|\r\n[ \t])*)\r\n")
+# no blank before the colon: some programs do not see such a field
+_FIELD = re.compile(r"([!-9;-~]+):((?:[^\r\n]|\r\n[ \t])*)\r\n")
 _SECUREJOIN = ("vc-request", "vg-request")
 
 
@@ -70,6 +71,8 @@ def parse_content_type(value: str) -> ContentType:
         if name in parameters or name.startswith("boundary*"):
             raise MimeError("Content-Type parameter repeated or in pieces")
         quoted = match[2]
+        if name == "boundary" and quoted is not None and "\\" in quoted:
+            raise MimeError("boundary with a backslash: programs undo it or not")
         parameters[name] = match[3] if quoted is None else re.sub(r"\\(.)", r"\1", quoted)
     return ContentType(kind, parameters)
 

@@ -64,11 +64,14 @@ class _Message:
         self.fields: list[dkim.Field] = []  # until the end of the header
         self.from_fields: list[str] = []
         self.from_address = ""  # "" unless there is exactly one From with exactly one address
+        self.malformed = False  # has a field that some programs take for the end of the header
 
     def header(self, name: bytes, value: bytes) -> str:
         """Take a field; returns its name in lower case."""
         self.fields.append((name, value))
-        lower = name.strip(b" \t").lower().decode("latin-1")
+        # a blank before the colon: Postfix shows the colon as the value's first octet
+        self.malformed |= value.startswith(b":") or name != name.strip()
+        lower = name.lower().decode("latin-1")
         text = value.decode("latin-1")
         if lower == "from":
             self.from_fields.append(text)
@@ -187,6 +190,8 @@ class OutgoingHandler(_Handler):
         message = self._message
         assert message is not None
         message.check.end()
+        if message.malformed:
+            return self._refuse(replies.MALFORMED_HEADER, "malformed header")
         if not message.from_address:
             return self._refuse(replies.BAD_FROM, "not exactly one From")
         if message.from_address != message.sender:
@@ -319,6 +324,8 @@ class IncomingHandler(_Handler):
         message = self._message
         assert message is not None
         message.check.end()
+        if message.malformed:
+            return self._refuse(replies.MALFORMED_HEADER, "malformed header")
         if not message.from_address:
             return self._refuse(replies.BAD_FROM, "not exactly one From")
         if self._encrypted_only and self._accepted_as(message) is None:

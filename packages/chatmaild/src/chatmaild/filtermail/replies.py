@@ -11,6 +11,7 @@ NO_SIGNATURE = "554 5.7.1 No valid DKIM signature found"
 BAD_FROM = "554 5.7.1 Exactly one From with exactly one address is required"
 FROM_NOT_SENDER = "554 5.7.1 From is not the envelope sender"
 LITERAL_NOT_CLIENT = "554 5.7.1 From is an address literal of another host"
+MALFORMED_HEADER = "554 5.6.0 Malformed message header"
 HEADER_TOO_LARGE = "552 5.3.4 Message header too large"
 
 # sender

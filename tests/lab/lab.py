@@ -14,11 +14,10 @@ from .cleanup import Run
 from .dns import NameServer
 from .host import Host
 from .network import Namespace, Network, inside
-from .shell import LabError, WaitTimeout, run, wait_for
+from .shell import LabError
 
 NAME_SERVER = 1  # last number of its address
 CLIENT = 2
-ENOUGH_MEMORY = 4 * 2**30  # bytes
 
 #: unbound of a lab host: no root servers here, so no DNSSEC either; all else is the relay's own.
 UNBOUND = """\
@@ -41,7 +40,6 @@ class Lab:
         self.state = Run.create(purpose)
         self._hosts: list[Host] = []
         try:
-            self._mount_memory()
             self.network = Network(self.state)
             self.dns = NameServer(self.network.attach("dns", NAME_SERVER))
             self.client = self.network.attach("client", CLIENT)
@@ -59,14 +57,6 @@ class Lab:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _mount_memory(self) -> None:
-        """Keep the disks of hosts in memory where there is enough: dpkg's fsync costs nothing."""
-        folder = self.state.directory / "hosts"
-        folder.mkdir()
-        self.in_memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") > ENOUGH_MEMORY
-        if self.in_memory:
-            run(["mount", "-t", "tmpfs", "-o", "mode=755,size=75%", "lab-hosts", folder])
 
     def host(self, name: str, number: int, *, names: tuple[str, ...] = ()) -> Host:
         """Boot a new host at 10.77.0.*number*; *names* get A records that point to it."""
@@ -96,9 +86,8 @@ class Lab:
         (folder / "resolv.conf").write_text(f"nameserver {self.dns.address}\n")
         (folder / "hosts").write_text("127.0.0.1 localhost\n")
         wrapper = folder / "rpc-server"
-        cgroup = self.state.new_cgroup("client")
         inner = (
-            f"echo $$ >{cgroup}/cgroup.procs && mount --make-rprivate / && "
+            "mount --make-rprivate / && "
             f"mount --bind {folder}/resolv.conf /etc/resolv.conf && "
             f"mount --bind {folder}/hosts /etc/hosts && exec {program}"
         )
@@ -110,10 +99,8 @@ class Lab:
 
     def close(self) -> None:
         """Stop everything in order, then make sure that nothing is left; raises LabError if it is."""
-        left: list[str] = []
         try:
             for host in reversed(self._hosts):
-                host.kill()  # nobody looks at these disks again
                 host.stop()
             self.dns.close()
             # processes are found by their namespaces, so before these go

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: MIT
+"""Services as systemd starts them: a process of its own that is given listening sockets."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+# the passed sockets become descriptors 3, 4, ... as sd_listen_fds(3) wants them; then PATCH and main()
+BOOT = """
+import importlib, os, sys
+module, patch, ini, *passed = sys.argv[1:]
+for number, descriptor in enumerate([os.dup(int(item)) for item in passed], 3 + 50):
+    os.dup2(descriptor, number)
+for number in range(3, 3 + len(passed)):
+    os.dup2(number + 50, number)
+service = importlib.import_module(module)
+exec(patch)
+sys.exit(service.main([ini]))
+"""
+
+
+class Service:
+    """One running service; `connect` gives a connected socket that fails after ten seconds."""
+
+    def __init__(self, directory, module, names, ini, patch):
+        self.paths = {name: str(directory / f"{name}.socket") for name in names}
+        listening = []
+        for path in self.paths.values():
+            listening.append(socket.socket(socket.AF_UNIX))
+            listening[-1].bind(path)
+            listening[-1].listen(1000)
+        self.log_path = directory / "log"
+        numbers = [item.fileno() for item in listening]
+        environment = {
+            **os.environ,
+            "LISTEN_FDS": str(len(names)),
+            "LISTEN_FDNAMES": ":".join(names),
+        }
+        environment.pop("LISTEN_PID", None)
+        with open(self.log_path, "wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", BOOT, module, patch, str(ini), *map(str, numbers)],
+                pass_fds=numbers,
+                env=environment,
+                stderr=log,
+            )
+        for item in listening:
+            item.close()
+
+    def connect(self, name):
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(10)
+        connection.connect(self.paths[name])
+        return connection
+
+    def ask(self, name, request):
+        """What the service answers until it closes, after the request and an end of file."""
+        with self.connect(name) as connection:
+            try:
+                connection.sendall(request)
+                connection.shutdown(socket.SHUT_WR)
+            except BrokenPipeError:
+                pass
+            with connection.makefile("rb") as stream:
+                return stream.read()
+
+    @property
+    def log(self):
+        return self.log_path.read_text()
+
+
+@pytest.fixture
+def start_service(tmp_path):
+    """Start MODULE with the sockets NAMES; settings as ini lines, *patch* is run before its main()."""
+    started = []
+
+    def start(module, names, ini="", patch=""):
+        path = tmp_path / "chatmail.ini"
+        path.write_text(
+            f"[params]\nmail_domain = chat.example\nmailboxes_dir = {tmp_path}/mail\n{ini}\n"
+        )
+        started.append(Service(tmp_path, module, names, path, patch))
+        return started[-1]
+
+    yield start
+    for service in started:
+        service.process.kill()
+        service.process.wait()

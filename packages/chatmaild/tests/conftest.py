@@ -5,8 +5,11 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for mailstore.py
 
 # the passed sockets become descriptors 3, 4, ... as sd_listen_fds(3) wants them; then PATCH and main()
 BOOT = """
@@ -72,20 +75,31 @@ class Service:
         return self.log_path.read_text()
 
 
-@pytest.fixture
-def start_service(tmp_path):
-    """Start MODULE with the sockets NAMES; settings as ini lines, *patch* is run before its main()."""
+def _starter(directory):
+    """Start services with their files in *directory*; kills them in the end."""
     started = []
 
     def start(module, names, ini="", patch=""):
-        path = tmp_path / "chatmail.ini"
+        path = directory / "chatmail.ini"
         path.write_text(
-            f"[params]\nmail_domain = chat.example\nmailboxes_dir = {tmp_path}/mail\n{ini}\n"
+            f"[params]\nmail_domain = chat.example\nmailboxes_dir = {directory}/mail\n{ini}\n"
         )
-        started.append(Service(tmp_path, module, names, path, patch))
+        started.append(Service(directory, module, names, path, patch))
         return started[-1]
 
     yield start
     for service in started:
         service.process.kill()
         service.process.wait()
+
+
+@pytest.fixture
+def start_service(tmp_path):
+    """Start MODULE with the sockets NAMES; settings as ini lines, *patch* is run before its main()."""
+    yield from _starter(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def start_shared_service(tmp_path_factory):
+    """The same, for services that all tests of a module share."""
+    yield from _starter(tmp_path_factory.mktemp("service"))

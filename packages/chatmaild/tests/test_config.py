@@ -34,6 +34,19 @@ def test_defaults_are_those_of_existing_relays():
 
 
 @pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("", "http://chat.example.org"),
+        ("tls_external_cert_and_key = /c /k", "https://chat.example.org"),
+        ("iroh_relay = https://iroh.example", "https://iroh.example"),
+        ("iroh_relay =", ""),
+    ],
+)
+def test_the_own_iroh_relay_is_announced_unless_another_or_none_is_wanted(text, url):
+    assert read(DOMAIN + text)[0].iroh_relay_url == url
+
+
+@pytest.mark.parametrize(
     ("key", "value", "message"),
     [
         ("mail_domain", "chat", "not a full domain name"),
@@ -65,6 +78,11 @@ def test_defaults_are_those_of_existing_relays():
         ("mailboxes_dir", "/x/../etc", "not a plain absolute path"),
         ("iroh_relay", "ftp://x", "not a URL"),
         ("dkim_selector", "a.b", "not a DKIM selector"),
+        ("turn_port_range", "50000", "not a range of ports"),
+        ("turn_port_range", "80-90", "not a range of ports"),
+        ("turn_port_range", "50001-50000", "not a range of ports"),
+        ("turn_port_range", "50000-65536", "not a range of ports"),
+        ("turn_port_range", "1024-65535", "includes 3478"),
         ("mtail_address", "a b", "not an address"),
         ("max_mailbox_sise", "1G", "unknown setting"),
     ],

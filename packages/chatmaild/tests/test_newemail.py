@@ -3,30 +3,34 @@
 
 import json
 import re
+import time
 from http import HTTPStatus
 from types import SimpleNamespace
 from urllib.parse import parse_qs
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chatmaild import http1, newemail
 from chatmaild.config import read_settings
 from chatmaild.doveauth import Refused
 from chatmaild.http1 import BadRequest, Request, RequestReader
+from chatmaild.tokens import TokenStore
 from chatmaild.users import MailStore
 
 
 def service(tmp_path, ini="", closed=False, busy=False):
     def refuse(condition):
         if condition:
-            raise Refused("secret detail")
+            raise Refused("load", "secret detail")
 
     gate = SimpleNamespace(check_open=lambda: refuse(closed), check_machine=lambda: refuse(busy))
     text = f"[params]\nmail_domain = chat.example\n{ini}\n"
     config = read_settings("test.ini", text)[0]
-    return newemail.NewEmail(config, gate, MailStore(tmp_path))
+    store = MailStore(tmp_path / "mail")
+    tokens = TokenStore(tmp_path / "tokens.sqlite", store.is_taken)
+    return newemail.NewEmail(config, gate, store, tokens)
 
 
 EXTERNAL = "tls_external_cert_and_key = /a.pem /b.pem"
@@ -47,7 +51,7 @@ def test_post_gives_an_address_and_a_password_within_the_rules(tmp_path, path):
 def test_get_leads_a_browser_into_the_app(tmp_path):
     response = service(tmp_path, EXTERNAL).respond(Request("GET", "/new", True))
     assert response.status == HTTPStatus.MOVED_PERMANENTLY
-    assert response.headers == [("Location", "dcaccount:https://chat.example/new")]
+    assert ("Location", "dcaccount:https://chat.example/new") in response.headers
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -58,6 +62,154 @@ def test_with_a_self_signed_certificate_the_code_holds_everything(tmp_path, meth
     values = parse_qs(query, strict_parsing=True)
     assert address == account["email"]
     assert values == {"p": [account["password"]], "v": ["1"], "ic": ["3"]}
+
+
+BY_TOKEN = EXTERNAL + "\nregistration = token"
+
+
+def post(service, query="", client="192.0.2.1"):
+    response = service.respond(Request("POST", "/new", True, {"x-real-ip": client}, query))
+    return response.status, json.loads(response.body)
+
+
+def test_by_token_an_address_is_reserved_and_its_use_counted_later(tmp_path):
+    made = service(tmp_path, BY_TOKEN)
+    token = made.tokens.create(1, None, "", now=0).token
+    status, account = post(made, f"token={token}")
+    assert status == HTTPStatus.OK
+    assert [item.used for item in made.tokens.tokens(0)] == [0]
+    made.tokens.claim(account["email"], account["password"], time.time())
+    assert [item.used for item in made.tokens.tokens(0)] == [1]
+    assert post(made, f"token={token}") == (403, {"reason": "this invitation has been used up"})
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "reason"),
+    [
+        ("", 403, "by invitation only"),
+        ("token=", 403, "by invitation only"),
+        ("other=1", 403, "by invitation only"),
+        ("token=nonsense", 403, "not valid"),
+        ("token=%ff%00'", 403, "not valid"),
+        ("&".join(f"a{number}=1" for number in range(99)), 400, "malformed query"),
+    ],
+)
+def test_without_a_valid_token_there_is_no_address(tmp_path, query, status, reason):
+    made = service(tmp_path, BY_TOKEN)
+    got = post(made, query)
+    assert got[0] == status and reason in got[1]["reason"]
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(["POST", "GET"]), st.text(), st.text())
+def test_any_query_gets_a_reason_or_a_link_of_one_line(tmp_path, method, query, client):
+    made = service(tmp_path, BY_TOKEN)
+    response = made.respond(Request(method, "/new", True, {"x-real-ip": client}, query))
+    if response.status == HTTPStatus.MOVED_PERMANENTLY:
+        assert re.fullmatch(r"dcaccount:https://chat\.example/new[!-~]*", response.headers[0][1])
+    else:
+        assert response.status in (400, 403) and json.loads(response.body)["reason"]
+    assert response.render(keep_alive=True).count(b"\r\n\r\n") == 1
+
+
+def test_a_browser_takes_the_token_into_the_app(tmp_path):
+    request = Request("GET", "/new", True, {}, "token=a1%0d%0ab&x=y")
+    response = service(tmp_path, BY_TOKEN).respond(request)
+    link = "dcaccount:https://chat.example/new?token=a1%0D%0Ab"
+    assert ("Location", link) in response.headers
+    assert ("Cache-Control", "no-store") in response.headers
+
+
+def test_one_source_gets_so_many_addresses_an_hour(tmp_path):
+    made = service(tmp_path, EXTERNAL + "\nmax_new_addresses_per_hour = 3")
+    assert [post(made)[0] for _ in range(4)] == [200, 200, 200, 429]
+    assert "too many new accounts" in post(made)[1]["reason"]
+    assert post(made, client="192.0.2.2")[0] == 200
+    # no address, or none that can be read, is one source
+    assert [post(made, client=item)[0] for item in ("", "x", "é", "[")] == [200, 200, 200, 429]
+
+
+def test_a_refused_token_costs_its_source_nothing(tmp_path):
+    made = service(tmp_path, BY_TOKEN + "\nmax_new_addresses_per_hour = 1")
+    assert [post(made, "token=wrong")[0] for _ in range(3)] == [403, 403, 403]
+    token = made.tokens.create(None, None, "", now=0).token
+    assert [post(made, f"token={token}")[0] for _ in range(2)] == [200, 429]
+
+
+def test_a_store_that_fails_is_an_error_with_a_reason_and_names_no_token(tmp_path, caplog):
+    made = service(tmp_path, BY_TOKEN)
+    (tmp_path / "tokens.sqlite").mkdir()
+    status, answer = post(made, "token=s3cret")
+    assert status == 500 and "try again" in answer["reason"]
+    assert "s3cret" not in caplog.text and "cannot make up an account" in caplog.text
+
+
+PAGE = '<a href="@INVITE@">go</a><figure>@QR@</figure><code>@INVITE@</code>'
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """Ask for /invite; the page's frame is a short one."""
+    (tmp_path / "invite.html").write_text(PAGE)
+    monkeypatch.setattr(newemail, "INVITE_PAGE", tmp_path / "invite.html")
+
+    def ask(made, query="", path="/invite"):
+        response = made.respond(Request("GET", path, True, {"x-real-ip": "192.0.2.1"}, query))
+        return response.status, response.body.decode(), dict(response.headers)
+
+    return ask
+
+
+def test_an_invitation_is_a_page_with_its_code(tmp_path, page):
+    made = service(tmp_path, BY_TOKEN)
+    token = made.tokens.create(1, None, "", now=0).token
+    status, body, headers = page(made, f"token={token}")
+    link = f"dcaccount:https://chat.example/new?token={token}"
+    assert status == 200
+    assert body.count(f'<a href="{link}">') == body.count(f"<code>{link}</code>") == 1
+    assert body.count("<svg ") == 1 and f"QR code: {link}</title>" in body
+    assert (
+        headers["Content-Type"].startswith("text/html") and headers["Cache-Control"] == "no-store"
+    )
+    assert [item.used for item in made.tokens.tokens(0)] == [0]
+
+
+@pytest.mark.parametrize(
+    ("ini", "query"),
+    [(BY_TOKEN, ""), (BY_TOKEN, "token=wrong"), (f"{EXTERNAL}\nregistration = closed", "")],
+)
+def test_without_an_invitation_there_is_no_page(tmp_path, page, ini, query):
+    assert page(service(tmp_path, ini), query)[0] == 403
+
+
+def test_the_page_of_an_open_relay_shows_its_code(tmp_path, page):
+    made = service(tmp_path, EXTERNAL)
+    for path in newemail.INVITE_PATHS:
+        assert "<code>dcaccount:chat.example</code>" in page(made, path=path)[1]
+
+
+def test_with_a_self_signed_certificate_each_view_is_a_new_address(tmp_path, page):
+    made = service(tmp_path, "tls = self\nmax_new_addresses_per_hour = 2")
+    first, second, third = (page(made) for _ in range(3))
+    pattern = (
+        r"<code>dclogin:([a-z0-9]{9})@chat\.example\?p=[A-Za-z0-9%_.~-]+&amp;v=1&amp;ic=3</code>"
+    )
+    assert re.search(pattern, first[1])[1] != re.search(pattern, second[1])[1]
+    assert third[0] == 429
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text())
+def test_a_query_never_becomes_markup_of_the_page(tmp_path, page, query):
+    for ini in (EXTERNAL, BY_TOKEN):
+        status, body, _headers = page(service(tmp_path, ini), query)
+        assert status in (400, 403) or body.count("<") == 6 + 6  # of the frame, and of the picture
+
+
+def test_a_page_that_is_not_there_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(newemail, "INVITE_PAGE", tmp_path / "gone")
+    response = service(tmp_path, EXTERNAL).respond(Request("GET", "/invite", True))
+    assert response.status == HTTPStatus.INTERNAL_SERVER_ERROR
 
 
 @pytest.mark.parametrize("why", ["closed", "busy"])
@@ -90,11 +242,17 @@ def test_requests_follow_each_other_on_one_connection():
         b"GET /new HTTP/1.0\r\n\r\n"
     )
     assert found == [
-        Request("POST", "/new", True),
-        Request("POST", "/new", True),
+        Request("POST", "/new", True, {"host": "a"}, "x=1"),
+        Request("POST", "/new", True, {"content-length": "3"}),
         Request("GET", "/new", False),
     ]
     assert reader.idle
+
+
+def test_what_follows_a_request_can_be_taken_for_another_protocol():
+    found, reader = read(b"GET /relay HTTP/1.1\r\nUpgrade:  Other \r\n\r\n\0\1")
+    assert found[0].fields["upgrade"] == "Other"
+    assert reader.take_rest() == b"\0\1" and reader.idle
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Collection
 
 FIRST_FD = 3  # SD_LISTEN_FDS_START
 
@@ -21,18 +22,22 @@ class ActivationError(Exception):
     """The service was not started by its socket units."""
 
 
-def listen_sockets(*names: str) -> dict[str, socket.socket]:
+def listen_sockets(*names: str, optional: Collection[str] = ()) -> dict[str, socket.socket]:
     """Take over the listening sockets systemd passes, by the FileDescriptorName= of their units.
 
-    Each of *names* must have been passed exactly once and nothing else may have been. Raises
-    ActivationError with the names otherwise: a service that lacks one of its sockets would look
-    healthy and answer nobody.
+    Each of *names* must have been passed exactly once, each of *optional* at most once, and nothing
+    else may have been. Raises ActivationError with the names otherwise: a service that lacks one of
+    its sockets would look healthy and answer nobody.
+
+    Serve them with asyncio's start_server or create_server: from Python 3.13 on, start_unix_server
+    removes the file of a socket, which is systemd's, when it ends.
     """
     if os.environ.get("LISTEN_PID") not in (None, str(os.getpid())):
         raise ActivationError("LISTEN_PID is another process's: start me by my systemd units")
     count = int(os.environ.get("LISTEN_FDS", "0"))
     passed = os.environ.get("LISTEN_FDNAMES", "").split(":") if count else []
-    if sorted(passed) != sorted(names) or len(passed) != count:
+    extra = set(optional) & set(passed)
+    if sorted(passed) != sorted({*names, *extra}) or len(passed) != count:
         raise ActivationError(
             f"expected the sockets {', '.join(names)} from systemd, got: {', '.join(passed) or 'none'}"
         )

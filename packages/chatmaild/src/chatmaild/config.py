@@ -24,6 +24,7 @@ import iniconfig
 
 SECTION = "params"
 DEFAULT_PATH = Path("/etc/chatmail/chatmaild/chatmail.ini")
+TURN_PORT = 3478  # UDP (RFC 8656 section 12.3)
 SELF_SIGNED_CERT = "/var/lib/chatmail/tls/self-signed.crt"
 SELF_SIGNED_KEY = "/var/lib/chatmail/tls/self-signed.key"
 
@@ -186,6 +187,12 @@ def _tls(text: str) -> str:
     return text
 
 
+def _registration(text: str) -> str:
+    if text not in ("open", "closed", "token"):
+        raise _Invalid("unknown way to register", 'Write "open", "closed" or "token"')
+    return text
+
+
 def _url(text: str) -> str:
     if text and not re.match(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?(/[!-~]*)?\Z", text):
         raise _Invalid("not a URL", 'Write a URL such as "https://iroh.example.org", or nothing')
@@ -202,6 +209,27 @@ def _host(text: str) -> str:
     if text and not re.match(r"[a-zA-Z0-9.:-]+\Z", text):
         raise _Invalid("not an address to listen on", 'Write an address such as "127.0.0.1"')
     return text
+
+
+def _port_range(text: str) -> str:
+    match = re.match(r"([0-9]{1,5})-([0-9]{1,5})\Z", text)
+    if not match or not 1024 <= int(match[1]) <= int(match[2]) <= 65535:
+        raise _Invalid("not a range of ports", 'Write two ports above 1023: "49152-65535"')
+    if int(match[1]) <= TURN_PORT <= int(match[2]):
+        raise _Invalid(f"includes {TURN_PORT}", "Leave out the port on which clients ask")
+    return f"{int(match[1])}-{int(match[2])}"
+
+
+def _networks(text: str) -> list[str]:
+    example = 'Separate addresses or networks by spaces: "192.0.2.7 2001:db8::/32"'
+    networks = []
+    for item in text.split():
+        try:
+            network = ipaddress.ip_network(item)
+        except ValueError as error:
+            raise _Invalid(f"{item} is not an address or network", example) from error
+        networks.append(str(network) if "/" in item else str(network.network_address))
+    return networks
 
 
 # --- the model -------------------------------------------------------------------------------------
@@ -239,6 +267,11 @@ class Config:
         "chatmail",
         "Name of the DKIM key in the DNS: SELECTOR._domainkey.DOMAIN.",
     )
+    dkim_ed25519: bool = _setting(
+        _boolean,
+        "false",
+        "Sign with a second key, Ed25519, too. Publish SELECTOR-ed25519._domainkey.DOMAIN first.",
+    )
 
     max_user_send_per_minute: int = _setting(
         _integer(1, 100000, "messages a minute"),
@@ -266,11 +299,22 @@ class Config:
         "Submission sessions at a time, and five times those of one client address.",
     )
 
+    registration: str = _setting(
+        _registration,
+        "open",
+        'Who gets a new address: everybody ("open"), nobody ("closed"), or who was given a token '
+        'by "chatmail-relay token create" ("token").',
+        "New addresses",
+    )
+    max_new_addresses_per_hour: int = _setting(
+        _integer(1, 1000000, "addresses an hour"),
+        "60",
+        "New addresses an hour for one source: an IPv4 address, or an IPv6 network of 64 bits.",
+    )
     username_min_length: int = _setting(
         _integer(1, 64, "characters"),
         "9",
         'Length of the part before the "@" in a new address. Clients invent 9 characters.',
-        "New addresses",
     )
     username_max_length: int = _setting(_integer(1, 64, "characters"), "9", "The longest one.")
     password_min_length: int = _setting(
@@ -318,9 +362,27 @@ class Config:
         _address, "", "Contact address for the certificate authority.", "Services"
     )
     iroh_relay: str | None = _setting(
-        _url, None, "URL of an iroh relay to announce instead of none."
+        _url,
+        None,
+        "URL of another iroh relay, for live connections between webxdc apps. If unset this relay "
+        "offers its own, if empty none is announced and clients choose one.",
     )
-    mtail_address: str = _setting(_host, "", "Address that serves metrics, if they are installed.")
+    turn_port_range: str = _setting(
+        _port_range,
+        "49152-65535",
+        "UDP ports through which calls are relayed, one for each side of a call. Open them and "
+        "3478 in a firewall.",
+    )
+    metrics_allow: list[str] = _setting(
+        _networks,
+        "",
+        "Addresses or networks that may read https://DOMAIN/metrics, separated by spaces.",
+    )
+    mtail_address: str = _setting(
+        _host,
+        "",
+        "Address of mtail's port 3903, if chatmail-mtail-conf is installed; else loopback.",
+    )
     imap_rawlog: bool = _setting(
         _boolean, "false", "Keep what clients say in *.in and *.out files. For debugging only."
     )
@@ -347,6 +409,17 @@ class Config:
         if self.tls == "external" and self.tls_external_cert_and_key:
             return self.tls_external_cert_and_key[1]
         return SELF_SIGNED_KEY
+
+    @property
+    def iroh_relay_url(self) -> str:
+        """The iroh relay that clients are told, "" for none.
+
+        Clients never accept a self-signed certificate there, so our own is then offered without
+        TLS; what passes it is encrypted between the clients.
+        """
+        if self.iroh_relay is not None:
+            return self.iroh_relay
+        return f"{'http' if self.tls == 'self' else 'https'}://{self.mail_domain}"
 
 
 FIELDS = {item.name: item for item in dataclasses.fields(Config)}

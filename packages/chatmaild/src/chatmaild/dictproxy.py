@@ -229,4 +229,4 @@ async def start_server(dictionary: Dictionary, sock: socket.socket) -> asyncio.S
         finally:
             writer.close()
 
-    return await asyncio.start_unix_server(connected, sock=sock)
+    return await asyncio.start_server(connected, sock=sock)

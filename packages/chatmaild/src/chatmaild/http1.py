@@ -10,6 +10,7 @@ no Transfer-Encoding. Cost is linear in the bytes received.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import NamedTuple
 
@@ -30,11 +31,16 @@ class BadRequest(Exception):
 
 
 class Request(NamedTuple):
-    """One request: *path* without the query, and whether the connection may be used again."""
+    """One request: *path* without the *query*, and whether the connection may be used again.
+
+    *fields* are the header fields by their names in lower case; of a repeated one the last.
+    """
 
     method: str
     path: str
     keep_alive: bool
+    fields: Mapping[str, str] = {}
+    query: str = ""
 
 
 class RequestReader:
@@ -67,6 +73,12 @@ class RequestReader:
         request, self._request = self._request, None
         return request
 
+    def take_rest(self) -> bytes:
+        """What came after the last request: it belongs to the protocol the peer changed to."""
+        rest = bytes(self._buffer)
+        self._buffer.clear()
+        return rest
+
     def _read_head(self) -> bool:
         while self._buffer.startswith(b"\r\n"):  # RFC 9112 section 2.2: ignore at least one
             del self._buffer[:2]
@@ -90,11 +102,13 @@ def _parse_head(lines: list[bytes]) -> tuple[Request, int]:
         raise BadRequest(HTTPStatus.BAD_REQUEST, "malformed request line")
     length = None
     keep_alive = first[3] == b"1"
+    fields = {}
     for line in lines[1:]:
         field = _FIELD_LINE.match(line)
         if not field:
             raise BadRequest(HTTPStatus.BAD_REQUEST, "malformed header field")
         name, value = field[1].lower(), field[2]
+        fields[name.decode("ascii")] = value.decode("latin-1")
         if name == b"transfer-encoding":
             raise BadRequest(HTTPStatus.NOT_IMPLEMENTED, "transfer codings are not supported")
         if name == b"content-length":
@@ -105,8 +119,8 @@ def _parse_head(lines: list[bytes]) -> tuple[Request, int]:
             keep_alive = False
     if length is not None and length > MAX_BODY:
         raise BadRequest(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body too large")
-    path = first[2].partition(b"?")[0].decode("ascii")
-    return Request(first[1].decode("ascii"), path, keep_alive), length or 0
+    path, _, query = first[2].decode("ascii").partition("?")
+    return Request(first[1].decode("ascii"), path, keep_alive, fields, query), length or 0
 
 
 class Response(NamedTuple):

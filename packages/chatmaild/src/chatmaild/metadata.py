@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from chatmaild import metrics
 from chatmaild.activation import listen_sockets, notify, setup_logging
 from chatmaild.config import DEFAULT_PATH, Config, ConfigError, read_config
 from chatmaild.dictproxy import Refused, start_server
@@ -115,8 +116,8 @@ class Metadata:
     def __init__(self, config: Config, tokens: Tokens) -> None:
         self.tokens = tokens
         self.server = {"maxsmtprecipients": str(MAX_SMTP_RECIPIENTS)}
-        if config.iroh_relay:
-            self.server["irohrelay"] = config.iroh_relay
+        if config.iroh_relay_url:
+            self.server["irohrelay"] = config.iroh_relay_url
 
     def lookup(self, key: str, user: str) -> str | None:
         """The value of a key; None for one that is not set or that we do not have."""
@@ -170,7 +171,8 @@ def _write(path: Path, data: dict[str, Any]) -> None:
 
 async def serve(config: Config) -> None:
     """Serve both sockets until cancelled."""
-    sockets = listen_sockets("metadata", "lastlogin")
+    sockets = listen_sockets("metadata", "lastlogin", optional=("metrics",))
+    await metrics.start_server(sockets)
     store = MailStore(config.mailboxes_dir)
     metadata = await start_server(Metadata(config, Tokens(store)), sockets["metadata"])
     logins = await start_server(LastLogin(store), sockets["lastlogin"])

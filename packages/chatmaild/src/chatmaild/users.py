@@ -5,11 +5,13 @@
         password                        "{SHA512-CRYPT}$6$...", no newline; its mtime is the day of
                                         the last login
         enforceE2EEincoming             empty flag: this address takes encrypted mail only
-        DISABLED                        empty flag: may neither send nor receive
+        DISABLED                        empty flag, a block: no login, no sending, no receiving
         password.new                    what a creation was writing when it was killed
 
+
 An address is an account if and only if `password` has a non-empty first line. An *empty* password
-file is a block: nobody can log in, and the address is never given away again.
+file is a block of old: nobody can log in, and the address is never given away again. The flag is a
+block that can be undone, as the password stays.
 
 `MailStore.create` promises: whatever dies in between (kill -9, power), an address is afterwards
 either no account or a complete one; concurrent creations, from any number of processes, make one
@@ -26,6 +28,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +36,7 @@ DAY = 86400  # seconds
 PASSWORD_MAX_BYTES = 511  # crypt(3): CRYPT_MAX_PASSPHRASE_SIZE of libxcrypt, with its NUL
 
 _NAME_MAX = 255  # bytes of one file name, limits.h
+_CONTROL = re.compile("[\0-\x1f\x7f]")
 _HASH_MAX = 1024  # bytes of a password file we are ready to read
 _CREATE_TRIES = 5
 
@@ -80,7 +84,7 @@ class MailStore:
         local, _, domain = address.partition("@")
         if not local or not domain or "@" in domain or local.startswith(".") or "/" in address:
             raise ValueError(f"not an address: {address!r}")
-        if any(ord(char) < 32 or ord(char) == 127 for char in address):
+        if _CONTROL.search(address):
             raise ValueError(f"not an address: {address!r}")
         if len(address.encode("utf-8")) > _NAME_MAX:  # also raises ValueError for lone surrogates
             raise ValueError(f"address longer than {_NAME_MAX} bytes")
@@ -106,30 +110,56 @@ class MailStore:
         except (Blocked, ValueError):
             return False
 
+    def is_taken(self, address: str) -> bool:
+        """Whether *address* is an account or was one that is blocked for ever (empty password)."""
+        try:
+            return self.read_hash(address) is not None
+        except Blocked:
+            return True
+
     def requires_encryption(self, address: str) -> bool:
         """Whether *address* takes encrypted mail only (flag enforceE2EEincoming)."""
         return self._has_flag(address, "enforceE2EEincoming")
 
     def is_disabled(self, address: str) -> bool:
-        """Whether *address* may neither send nor receive (flag DISABLED)."""
+        """Whether *address* is blocked: no login, no sending, no receiving (flag DISABLED)."""
         return self._has_flag(address, "DISABLED")
 
     def _has_flag(self, address: str, flag: str) -> bool:
         try:
-            return (self.mailbox_path(address) / flag).exists()
-        except ValueError:
+            os.stat(f"{self.mailbox_path(address)}/{flag}")
+        except (ValueError, FileNotFoundError, NotADirectoryError):
             return False
+        return True
 
     def __iter__(self) -> Iterator[str]:
-        """All accounts, in no order: without half-made ones, blocked ones and other directories."""
+        """All accounts, in no order: without half-made ones and other directories, without those
+        blocked for ever, and without those that cannot be read now."""
+        for address in self.taken():
+            with contextlib.suppress(OSError):
+                if self.exists(address):
+                    yield address
+
+    def taken(self) -> Iterator[str]:
+        """All addresses that nobody else can get: accounts, those blocked for ever, and those that
+        cannot be read now."""
         try:
             entries = os.scandir(self.path)
         except FileNotFoundError:
             return
         with entries:
             for entry in entries:
-                if "@" in entry.name and self.exists(entry.name):
+                try:
+                    if "@" in entry.name and self.is_taken(entry.name):
+                        yield entry.name
+                except ValueError:
+                    pass
+                except OSError:
                     yield entry.name
+
+    def count(self) -> int:
+        """How many mailboxes there are: accounts, blocked and half-made ones. Reads names only."""
+        return sum("@" in name for name in os.listdir(self.path))
 
     def create(self, address: str, password: str) -> tuple[str, bool]:
         """Make the account, unless it exists: its hash, and whether this call has made it.
@@ -164,6 +194,41 @@ class MailStore:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             return self._make_directory(mailbox)
         _fsync_path(self.path)
+
+    def block(self, address: str) -> bool:
+        """Set the flag DISABLED of an account; False if it was set. It takes effect at once, except
+        for sessions that are open and passwords that Dovecot has cached.
+
+        Raises FileNotFoundError if there is no such mailbox, ValueError for nonsense.
+        """
+        mailbox = self.mailbox_path(address)
+        try:
+            file = os.open(
+                mailbox / "DISABLED", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
+            )
+        except FileExistsError:
+            return False
+        os.close(file)
+        _fsync_path(mailbox)
+        return True
+
+    def unblock(self, address: str) -> bool:
+        """Remove the flag DISABLED; False if it was not set. Raises ValueError for nonsense."""
+        mailbox = self.mailbox_path(address)
+        try:
+            os.unlink(mailbox / "DISABLED")
+        except FileNotFoundError:
+            return False
+        _fsync_path(mailbox)
+        return True
+
+    def last_login(self, address: str) -> int:
+        """The day of the last login, or of the creation: its begin in seconds since 1970, UTC.
+
+        Raises FileNotFoundError for an unknown address, ValueError for nonsense.
+        """
+        when = int(os.stat(self.mailbox_path(address) / "password").st_mtime)
+        return when - when % DAY
 
     def set_last_login(self, address: str, when: int) -> bool:
         """Note the day of a login, *when* in seconds since 1970, as mtime and atime of the password.
@@ -203,9 +268,18 @@ def _locked_directory(path: Path) -> Iterator[int | None]:
     directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(directory, fcntl.LOCK_EX)
-        yield directory if os.fstat(directory).st_nlink else None
+        yield directory if _is_at(directory, path) else None
     finally:
         os.close(directory)
+
+
+def _is_at(directory: int, path: Path) -> bool:
+    """Whether *path* still names the open *directory*: it may be removed, or renamed to be."""
+    try:
+        now = os.stat(path)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(directory), now)
 
 
 def _write_account(directory: int, hashed: str) -> None:

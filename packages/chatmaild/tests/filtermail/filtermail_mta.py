@@ -41,9 +41,9 @@ def macros(stage, **values):
     return packet(b"D", stage + text)
 
 
-def mail_from(sender, login=None):
-    given = macros(b"M", auth_type="PLAIN", auth_authen=login) if login else macros(b"M")
-    return given + packet(b"M", b"<%s>\0BODY=8BITMIME\0" % sender.encode("latin-1"))
+def mail_from(sender, login=None, **more):
+    given = {"auth_type": "PLAIN", "auth_authen": login, **more} if login else more
+    return macros(b"M", **given) + packet(b"M", b"<%s>\0BODY=8BITMIME\0" % sender.encode("latin-1"))
 
 
 def rcpt_to(recipient):
@@ -64,11 +64,9 @@ class Outcome:
     """What became of a message; *reply* is "" if it passed."""
 
     reply: str = ""
-    discarded: bool = False
     sender: str | None = None  # if replaced
     changed: list = field(default_factory=list)  # (number, name, value)
     inserted: list = field(default_factory=list)  # (position, name, value)
-    deleted: list = field(default_factory=list)
     refused: dict = field(default_factory=dict)  # recipient: reply
 
 
@@ -93,15 +91,11 @@ def interpret(data):
             outcome.inserted.append((number, name, value))
         elif command == b"e":
             outcome.sender = text
-        elif command == b"-":
-            outcome.deleted.append(text)
         else:
             raise AssertionError(f"unexpected {command!r}")
     command, payload = answers[-1]
     if command == b"y":
         outcome.reply = payload.rstrip(b"\0").decode().replace("%%", "%")
-    elif command == b"d":
-        outcome.discarded = True
     else:
         assert command in (b"c", b"a")
     return outcome
@@ -128,10 +122,10 @@ class Mta:
             out += self.session.answer({name: self.keys.get(name, ()) for name in names})
         return out
 
-    def send(self, mail, sender, recipients, login=None, size=BODY_SIZE):
+    def send(self, mail, sender, recipients, login=None, size=BODY_SIZE, **more):
         """One message; as Postfix, stop when MAIL or all recipients are refused."""
         outcome = Outcome()
-        answer = self.feed(mail_from(sender, login))
+        answer = self.feed(mail_from(sender, login, **more))
         if not self.protocol & 0x4000:
             outcome = interpret(answer)
             if outcome.reply:

@@ -90,7 +90,7 @@ def test_anything_else_is_refused_in_any_pieces(name, chunk, incoming):
 
 @pytest.mark.parametrize(
     "headers",
-    [b"Version: ProtonMail\r\n", b"Comment: https://x\r\n", b"Version: 1\r\nComment: y\r\n"],
+    [b"Version: ProtonMail\r\n", b"Comment: https://x\r\n", b"Version: 1\r\nCharset: utf-8\r\n"],
 )
 def test_version_and_comment_are_accepted_from_others_but_not_from_our_users(headers):
     assert check(armor(encrypted(), headers), incoming=True)

@@ -232,6 +232,27 @@ def test_one_valid_signature_is_enough_if_another_key_cannot_be_fetched(relay):
     assert relay.receive(both).reply == replies.KEY_UNAVAILABLE
 
 
+def test_where_another_milter_verifies_the_filter_checks_everything_else(relay):
+    def receive(mail, **more):
+        return relay.receive(mail, chatmail_dkim="opendkim", **more)
+
+    assert receive(encrypted_mail(REMOTE)).reply == ""
+    assert receive(encrypted_mail(REMOTE), sender="list@third.example").sender == "<>"
+    literal = "carol@[192.0.2.7]"
+    for mail, reply in (
+        (plain_mail(REMOTE), NOT_ENCRYPTED),
+        (b"From: x@y.example\r\n" + encrypted_mail(REMOTE), replies.BAD_FROM),
+        (encrypted_mail(REMOTE).replace(b"From: ", b"Fro: ", 1), replies.BAD_FROM),
+        (encrypted_mail(literal), replies.LITERAL_NOT_CLIENT),
+    ):
+        assert receive(mail).reply == reply
+    assert receive(encrypted_mail(literal), client="192.0.2.7").reply == ""
+    assert relay.receive(encrypted_mail(REMOTE), chatmail_dkim="").reply == NO_SIGNATURE
+    mta = relay.incoming()
+    assert mta.send(encrypted_mail(REMOTE), REMOTE, [BOB], chatmail_dkim="x").reply == ""
+    assert mta.send(encrypted_mail(REMOTE), REMOTE, [BOB]).reply == NO_SIGNATURE
+
+
 def test_a_mail_store_that_cannot_be_read_delays_the_recipient(relay, monkeypatch):
     monkeypatch.setattr(relay.policy.mailboxes, "exists", lambda address: 1 / 0)
     assert relay.receive(GOOD).reply == replies.TEMPORARY_FAILURE

@@ -14,7 +14,7 @@ import pytest
 from filtermail_relay import ed25519_pem, public
 from test_dkim import ED25519, record_of
 
-from chatmaild.filtermail import keys
+from chatmaild.filtermail import keys, resolver
 from chatmaild.filtermail.keys import KeyStore, LookupFailed
 
 RECORD = record_of(ED25519).decode()
@@ -209,7 +209,7 @@ def test_no_resolver_is_a_temporary_failure():
 
 
 def test_an_unanswered_question_is_repeated(monkeypatch):
-    monkeypatch.setattr(keys, "RESEND_AFTER", 0.05)
+    monkeypatch.setattr(resolver, "RESEND_AFTER", 0.05)
     seen = []
 
     def answer(query, over_tcp):

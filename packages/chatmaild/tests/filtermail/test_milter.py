@@ -54,7 +54,7 @@ def test_negotiation_answers_with_what_both_can_do(relay):
     session = Session(policy.OutgoingHandler(relay.policy))
     ((command, payload),) = packets(session.feed(negotiation(protocol=0x100000 | 0x80)))
     version, actions, protocol = struct.unpack_from(">III", payload)
-    assert (command, version, actions) == (b"O", 6, 0x119)
+    assert (command, version, actions) == (b"O", 6, 0x111)
     assert protocol == 0x100000 | 0x80
     assert not session.closed
 

@@ -334,3 +334,34 @@ def test_a_check_that_accepted_any_second_part_would_be_noticed(monkeypatch):
     monkeypatch.setattr(mime.armor.ArmorCheck, "feed", lambda self, data: True)
     monkeypatch.setattr(mime.armor.ArmorCheck, "end", lambda self: True)
     assert judge(hidden) == "encrypted"
+
+
+SENTENCE = b"This is an OpenPGP/MIME encrypted message (RFC 4880 and 3156)"
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 7])
+@pytest.mark.parametrize(
+    "before, after", [(b"", b"\r\n"), (b"\r\n", b"\r\n\r\n"), (b" ", b" \r\n")]
+)
+def test_the_sentence_before_the_parts_is_accepted_from_others_only(before, after, chunk):
+    preamble = before + SENTENCE + after
+    mail = header() + multipart(VERSION_PART, DATA_HEADER + armor(encrypted()), preamble=preamble)
+    assert judge(mail, True, chunk) == "encrypted"
+    assert judge(mail, False, chunk) is None
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 7])
+@pytest.mark.parametrize(
+    "preamble",
+    [
+        SENTENCE + b" and a secret\r\n",
+        b"Secret. " + SENTENCE + b"\r\n",
+        SENTENCE + b"\r\n" + SENTENCE + b"\r\n",
+        SENTENCE.replace(b"4880", b"488O") + b"\r\n",
+        SENTENCE + b"\r\n" + b" " * 200 + b"\r\n",
+        b"hello\r\n",
+    ],
+)
+def test_nothing_else_is_accepted_there(preamble, chunk):
+    mail = header() + multipart(VERSION_PART, DATA_HEADER + armor(encrypted()), preamble=preamble)
+    assert judge(mail, True, chunk) is None

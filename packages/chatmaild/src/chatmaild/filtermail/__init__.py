@@ -2,7 +2,8 @@
 """The milter of a chatmail relay: only end-to-end encrypted, authentic mail passes.
 
     __main__    asyncio shell: sockets, time-outs, key lookups       the only module that does I/O,
-    keys        DKIM keys from the DNS, with a cache                 but for this one and users.py
+    keys        DKIM keys, with a cache                              but for these two, and users.py
+    resolver    TXT records from the DNS
     policy      verdicts: outgoing, incoming, sign-only
     milter      milter protocol: bytes in, bytes out
     mime        which messages count as encrypted (streaming)

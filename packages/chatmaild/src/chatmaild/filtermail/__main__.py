@@ -2,8 +2,13 @@
 """The filter as a service: `python3 -Im chatmaild.filtermail [CHATMAIL.INI]`, three milter sockets.
 
 The thin asyncio shell around milter.Session: it moves octets, fetches DKIM keys, limits how many
-sessions there are and how long they may be silent, and ends them on SIGTERM. One process, one
-thread.
+sessions there are and how long they may be silent. One process, one thread.
+
+SIGHUP reads the settings and keys again: sessions go on, and each judges its next message by them;
+what cannot be read is logged and changes nothing. SIGTERM ends idle sessions at once and the others
+after their message, which has GRACE seconds. Postfix answers the next command of such a session with
+421 and closes it (milter_default_action = shutdown); nothing was accepted that is not queued. Who
+connects meanwhile waits in the sockets' queues, which are systemd's, for the next process.
 """
 
 from __future__ import annotations
@@ -15,10 +20,12 @@ import resource
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from chatmaild import metrics
 from chatmaild.activation import ActivationError, listen_sockets, notify, setup_logging
 from chatmaild.config import DEFAULT_PATH, Config, ConfigError, read_config
 from chatmaild.filtermail import dkim, milter, policy
@@ -26,7 +33,9 @@ from chatmaild.filtermail.keys import KeyStore
 from chatmaild.filtermail.limiter import Limiter
 from chatmaild.users import MailStore
 
-HANDLERS: dict[str, Callable[[policy.Policy], milter.Handler]] = {
+_Handler = policy.OutgoingHandler | policy.IncomingHandler | policy.SignHandler
+
+HANDLERS: dict[str, type[_Handler]] = {
     "outgoing": policy.OutgoingHandler,
     "incoming": policy.IncomingHandler,
     "sign": policy.SignHandler,
@@ -44,13 +53,20 @@ _T = TypeVar("_T")
 log = logging.getLogger("filtermail")
 
 
+class BadSettings(Exception):
+    """The settings or keys cannot be used; the message says what to do."""
+
+
 class Server:
     """All sessions of the process."""
 
-    def __init__(self, shared: policy.Policy, keys: KeyStore, max_sessions: int) -> None:
-        self.policy = shared
-        self.keys = keys
-        self.max_sessions = max_sessions
+    def __init__(
+        self, load: Callable[[], tuple[policy.Policy, int]], keys: KeyStore | None = None
+    ) -> None:
+        """*load* gives the policy and how many sessions there may be, or raises BadSettings."""
+        self._load = load
+        self.policy, self.max_sessions = load()
+        self.keys = keys or KeyStore()
         self.sessions: set[_Connection] = set()
         self.stopping = False
         self._idle = asyncio.Event()
@@ -63,17 +79,19 @@ class Server:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         servers = [
-            await loop.create_unix_server(self._factory(name), sock=sock, backlog=BACKLOG)
-            for name, sock in sockets.items()
+            await loop.create_server(self._factory(name), sock=sockets[name], backlog=BACKLOG)
+            for name in HANDLERS
         ]
+        await metrics.start_server(sockets)
         sweeper = asyncio.create_task(self._sweep())
         notify("READY=1")
         log.info("ready, up to %d sessions, entering serving loop", self.max_sessions)
         await stop.wait()
         notify("STOPPING=1")
-        sweeper.cancel()
         self.stopping = True
+        sweeper.cancel()
         for server in servers:
             server.close()
         for session in list(self.sessions):
@@ -87,6 +105,20 @@ class Server:
             log.warning("stopped with %d messages under way", len(self.sessions))
             for session in list(self.sessions):
                 session.abort()
+
+    def _reload(self) -> None:
+        if self.stopping:
+            return
+        notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            self.policy, self.max_sessions = self._load()
+        except BadSettings as error:
+            log.error("nothing changed: %s", error)
+        else:
+            for session in self.sessions:
+                session.handler.use(self.policy)
+            log.info("reloaded, up to %d sessions", self.max_sessions)
+        notify("READY=1")
 
     def _factory(self, name: str) -> Callable[[], _Connection]:
         return lambda: _Connection(self, HANDLERS[name](self.policy))
@@ -105,8 +137,9 @@ class Server:
 
 
 class _Connection(asyncio.BufferedProtocol):
-    def __init__(self, server: Server, handler: milter.Handler) -> None:
+    def __init__(self, server: Server, handler: _Handler) -> None:
         self._server = server
+        self.handler = handler
         self._session = milter.Session(handler)
         self._transport: asyncio.Transport | None = None
         self._lookup: asyncio.Task[None] | None = None
@@ -178,6 +211,10 @@ class _Connection(asyncio.BufferedProtocol):
             return
         wanted = self._session.wanted
         if wanted is not None:
+            known = self._server.keys.cached(wanted)
+            if known is not None:
+                self._send(self._session.answer, known)
+                return
             self._lookup = self._loop.create_task(self._fetch(wanted))
         self._update_reading()
 
@@ -205,23 +242,22 @@ class _Connection(asyncio.BufferedProtocol):
 def load_keys(directory: Path, config: Config) -> list[dkim.SigningKey]:
     """The signing keys in a credentials directory; raises DkimError or OSError with what to do.
 
-    dkim_rsa.pem, selector dkim_selector, is required; dkim_ed25519.pem, selector
-    dkim_selector-ed25519, is not.
+    dkim_rsa.pem has selector dkim_selector, dkim_ed25519.pem (only if dkim_ed25519 is set)
+    dkim_selector-ed25519.
     """
+    wanted = [("dkim_rsa.pem", config.dkim_selector)]
+    if config.dkim_ed25519:
+        wanted.append(("dkim_ed25519.pem", f"{config.dkim_selector}-ed25519"))
     keys = []
-    for name, selector in (
-        ("dkim_rsa.pem", config.dkim_selector),
-        ("dkim_ed25519.pem", f"{config.dkim_selector}-ed25519"),
-    ):
+    for name, selector in wanted:
         path = directory / name
         try:
             keys.append(dkim.SigningKey(path.read_bytes(), config.mail_domain, selector))
         except FileNotFoundError:
-            if not keys:
-                raise dkim.DkimError(
-                    f"{path} is missing: without a DKIM key nobody accepts our mail. "
-                    "Run: chatmail-relay apply"
-                ) from None
+            raise dkim.DkimError(
+                f"{path} is missing: without a DKIM key nobody accepts our mail. "
+                "Run: chatmail-relay apply"
+            ) from None
         except dkim.DkimError as error:
             raise dkim.DkimError(f"{path}: {error}") from None
     return keys
@@ -241,29 +277,36 @@ def session_limit(config: Config) -> int:
 
 def main(arguments: list[str]) -> int:
     setup_logging()
+    path = Path(arguments[0]) if arguments else DEFAULT_PATH
+    limiter = Limiter(1, 1)  # one for all policies: a reload must not give everybody a fresh start
+
+    def load() -> tuple[policy.Policy, int]:
+        try:
+            config = read_config(path)
+            credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+            if not credentials:
+                raise BadSettings("CREDENTIALS_DIRECTORY is not set: start me by my systemd unit")
+            keys = load_keys(Path(credentials), config)
+        except (ConfigError, dkim.DkimError, OSError) as error:
+            raise BadSettings(str(error)) from None
+        limiter.set_rate(config.max_user_send_per_minute, config.max_user_send_burst_size)
+        shared = policy.Policy(
+            domain=config.mail_domain.lower(),
+            mailboxes=MailStore(config.mailboxes_dir),
+            limiter=limiter,
+            signing_keys=keys,
+            passthrough_senders=config.passthrough_senders,
+            passthrough_recipients=config.passthrough_recipients,
+        )
+        return shared, session_limit(config)
+
     try:
-        config = read_config(Path(arguments[0]) if arguments else DEFAULT_PATH)
-        credentials = os.environ.get("CREDENTIALS_DIRECTORY")
-        if not credentials:
-            raise dkim.DkimError("CREDENTIALS_DIRECTORY is not set: start me by my systemd unit")
-        keys = load_keys(Path(credentials), config)
-        sockets = listen_sockets(*HANDLERS)
-    except (ConfigError, dkim.DkimError, ActivationError, OSError) as error:
+        server = Server(load)
+        sockets = listen_sockets(*HANDLERS, optional=("metrics",))
+    except (BadSettings, ActivationError) as error:
         log.error("%s", error)
         return 1
-    shared = policy.Policy(
-        domain=config.mail_domain.lower(),
-        mailboxes=MailStore(config.mailboxes_dir),
-        limiter=Limiter(config.max_user_send_per_minute, config.max_user_send_burst_size),
-        signing_keys=keys,
-        passthrough_senders=config.passthrough_senders,
-        passthrough_recipients=config.passthrough_recipients,
-    )
-
-    async def serve() -> None:
-        await Server(shared, KeyStore(), session_limit(config)).run(sockets)
-
-    asyncio.run(serve())
+    asyncio.run(server.run(sockets))
     return 0
 
 

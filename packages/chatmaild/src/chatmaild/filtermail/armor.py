@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
 """ASCII armor of one encrypted OpenPGP message (RFC 9580 section 6.2), streaming and strict.
 
-    blank lines? BEGIN line, armor headers (inbound only: Version, Comment), blank line,
+    blank lines? BEGIN line, armor headers (inbound only: Version, Comment, Charset), blank line,
     base64, CRC24 (optional, not verified: RFC 9580 section 6.1), END line, blank lines
 
-Lines end with CRLF. The base64 is decoded on the way and handed to the packet walk; at most
-MAX_HEAD octets are kept.
+Lines end with CRLF. The base64 is decoded on the way and handed to the packet walk; inside a packet,
+which is nearly everything, its alphabet is checked and nothing decoded. At most MAX_HEAD octets are
+kept.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ END = b"-----END PGP MESSAGE-----"
 MAX_HEAD = 4096  # octets up to the blank line
 MAX_TAIL = 256  # octets from the first "=" to the END line
 
+_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+
 _HEAD = re.compile(BEGIN + rb"\r\n((?:[!-9;-~]+: [ -~\t]*\r\n)*)[ \t]*\r\n")
-_HEADER_ALLOWED = re.compile(rb"(?:(?:Version|Comment): [ -~\t]*\r\n)*\Z")
+_HEADER_ALLOWED = re.compile(rb"(?:(?:Version|Comment|Charset): [ -~\t]*\r\n)*\Z")
 _CHECKSUM = re.compile(rb"=[A-Za-z0-9+/]{4}(?:\r\n)+\Z")
 _PADDING = re.compile(rb"(={1,2})(?:\r\n)+(?:=[A-Za-z0-9+/]{4}(?:\r\n)+)?\Z")
 
@@ -106,10 +109,9 @@ class ArmorCheck:
         stop = pad if pad >= 0 else end if end >= 0 else len(data)
         if stop:
             self._line_start = data[stop - 1] == 0x0A
-            text = self._quad + data[:stop].translate(None, b"\r\n")
-            whole = len(text) & ~3
-            self._quad = text[whole:]
-            if whole and not self._decode(text[:whole]):
+            text = data if stop == len(data) else data[:stop]
+            inside = stop + len(self._quad) <= self._walk.indifferent
+            if not (self._pass_over(text) if inside else self._text(text)):
                 return self._fail()
         if stop == len(data):
             return b""
@@ -117,6 +119,26 @@ class ArmorCheck:
             return self._fail()
         self._state = _IN_TAIL if pad >= 0 else _IN_END
         return data[stop:]
+
+    def _text(self, text: bytes) -> bool:
+        """Decode base64 and line ends; False if it is refused."""
+        quads = self._quad + text.translate(None, b"\r\n")
+        whole = len(quads) & ~3
+        self._quad = quads[whole:]
+        return not whole or self._decode(quads[:whole])
+
+    def _pass_over(self, text: bytes) -> bool:
+        """As _text(), for what lies inside a packet: one quick pass, four times as fast."""
+        line_ends = text.translate(None, _ALPHABET)
+        if line_ends.strip(b"\r\n"):
+            return False
+        size = len(self._quad) + len(text) - len(line_ends)
+        rest = size & 3
+        # line ends may stand between the last characters
+        last = self._quad + text[-len(line_ends) - 4 :].translate(None, b"\r\n")
+        self._quad = last[len(last) - rest :]
+        self._walk.skip((size >> 2) * 3)
+        return True
 
     def _decode(self, quads: bytes) -> bool:
         try:

@@ -14,11 +14,15 @@ class Limiter:
         """Raises ValueError unless all three are positive."""
         if per_minute < 1 or burst < 1 or max_senders < 1:
             raise ValueError("a rate limit is a positive number")
-        self._interval = 60.0 / per_minute  # seconds a message
-        self._tolerance = self._interval * burst
         self._max_senders = max_senders
         # sender -> when its bucket is full again (seconds); in the order of the last message
         self._full_at: dict[str, float] = {}
+        self.set_rate(per_minute, burst)
+
+    def set_rate(self, per_minute: int, burst: int) -> None:
+        """From now on *per_minute* and *burst*; what was sent before still counts."""
+        self._interval = 60.0 / per_minute  # seconds a message
+        self._tolerance = self._interval * burst
 
     def __len__(self) -> int:
         return len(self._full_at)

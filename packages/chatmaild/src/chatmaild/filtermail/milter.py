@@ -26,6 +26,7 @@ from typing import Protocol, TypeVar
 
 from chatmaild.filtermail import replies
 from chatmaild.filtermail.dkim import KeyRecord
+from chatmaild.filtermail.replies import Reply
 
 VERSION = 6
 
@@ -37,7 +38,6 @@ MAX_STRINGS = 200  # in one packet: macros, ESMTP parameters
 
 # what the filter does (SMFIF_*)
 ADD_HEADERS = 0x01
-DELETE_RECIPIENTS = 0x08
 CHANGE_HEADERS = 0x10
 CHANGE_SENDER = 0x40
 SET_MACROS = 0x100
@@ -65,8 +65,10 @@ PROTOCOL = (
     | LEADING_SPACE
 )
 
-# macros wanted at each stage (SMFIM_*): the login with MAIL, else none; Postfix sends less then
-_MACRO_STAGES = ((2, b"{auth_authen}"), (3, b""), (5, b""), (6, b""))
+# macros wanted at each stage (SMFIM_*): two with MAIL, else none; Postfix sends less then
+LOGIN = "{auth_authen}"
+DKIM = "{chatmail_dkim}"  # who signs and verifies; main.cf sets it (milter_macro_defaults)
+_MACRO_STAGES = ((2, f"{LOGIN} {DKIM}".encode()), (3, b""), (5, b""), (6, b""))
 
 _R = TypeVar("_R")
 
@@ -74,7 +76,6 @@ _U32 = struct.Struct(">I")
 _NEGOTIATION = struct.Struct(">III")
 
 _CONTINUE = _U32.pack(1) + b"c"
-_DISCARD = _U32.pack(1) + b"d"
 
 
 class ProtocolError(Exception):
@@ -104,23 +105,15 @@ class ChangeSender:
     sender: str
 
 
-@dataclass(frozen=True)
-class DeleteRecipient:
-    """*recipient* exactly as RCPT gave it."""
-
-    recipient: str
-
-
-Change = ChangeHeader | InsertHeader | ChangeSender | DeleteRecipient
+Change = ChangeHeader | InsertHeader | ChangeSender
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What happens to a message: refused with *reply*, else changed and passed on, or discarded."""
+    """What happens to a message: refused with *reply*, else changed and passed on."""
 
-    reply: str | None = None
+    reply: Reply | None = None
     changes: Sequence[Change] = field(default=())
-    discard: bool = False
 
 
 PASS = Verdict()
@@ -141,10 +134,13 @@ class Handler(Protocol):
     def connect(self, address: str) -> None:
         """The IP address of the client, "" if there is none. Only without NO_CONNECT."""
 
-    def mail(self, sender: str, login: str) -> str | None:
-        """Start of a message: MAIL's address with its brackets; a reply refuses it."""
+    def mail(self, sender: str, macros: Mapping[str, str]) -> Reply | None:
+        """Start of a message: MAIL's address with its brackets; a reply refuses it.
 
-    def rcpt(self, recipient: str) -> str | None:
+        *macros* are what the MTA says of it: LOGIN, DKIM.
+        """
+
+    def rcpt(self, recipient: str) -> Reply | None:
         """A recipient with its brackets; a reply refuses this one (only without NO_REPLY_RCPT)."""
 
     def header(self, name: bytes, value: bytes) -> None: ...
@@ -162,6 +158,9 @@ class Handler(Protocol):
     def abort(self) -> None:
         """Forget the message, finished or not."""
 
+    def refused(self, reply: Reply) -> None:
+        """The MTA is told *reply*, which one of these methods gave or this module."""
+
     def failed(self, error: Exception) -> None:
         """*error* was raised by one of these methods: a bug, worth a line in the log."""
 
@@ -173,7 +172,7 @@ def _packet(command: bytes, data: bytes = b"") -> bytes:
     return _U32.pack(len(data) + 1) + command + data
 
 
-def encode_reply(reply: str) -> bytes:
+def encode_reply(reply: Reply) -> bytes:
     """SMFIR_REPLYCODE; the MTA reads the text as a printf format, so "%" is doubled."""
     return _packet(b"y", reply.replace("%", "%%").encode("ascii", "replace") + b"\0")
 
@@ -186,8 +185,6 @@ def encode_change(change: Change) -> bytes:
             return _packet(b"i", _U32.pack(position) + name + b"\0" + value + b"\0")
         case ChangeSender(sender):
             return _packet(b"e", b"<" + sender.encode("latin-1") + b">\0")
-        case DeleteRecipient(recipient):
-            return _packet(b"-", recipient.encode("latin-1") + b"\0")
 
 
 class Session:
@@ -199,9 +196,11 @@ class Session:
         self._buffer = bytearray()  # an incomplete packet; while waiting, whatever arrived
         self._need = 0  # octets the buffer must hold before it is worth another look
         self._protocol = 0  # negotiated SMFIP_*
-        self._login = ""
+        self._macros: dict[str, str] = {}  # of the next MAIL
         self._headers = self._header_bytes = self._recipients = 0
-        self._refusal: str | None = None  # said at the next opportunity; nothing is judged any more
+        self._refusal: Reply | None = (
+            None  # said at the next opportunity; nothing is judged any more
+        )
         self._failed = False  # the handler raised an exception on this message
         self.wanted: tuple[str, ...] | None = None  # domain names of DKIM keys: call answer()
 
@@ -286,7 +285,7 @@ class Session:
         if command == 0x4C:  # L: header field
             return self._header(data)
         if command == 0x44:  # D: macros
-            self._macros(data)
+            self._define(data)
             return b""
         if command == 0x52:  # R: RCPT
             return self._rcpt(data)
@@ -375,30 +374,28 @@ class Session:
             address = rest[3:-1].decode("latin-1")
         self._call(self._handler.connect, address)
 
-    def _macros(self, data: bytes) -> None:
+    def _define(self, data: bytes) -> None:
+        """SMFIC_MACRO: the command that follows, then names and values in turn."""
         self._require(self._state != _NEGOTIATE and len(data) >= 1)
-        strings = self._strings(data[1:]) if len(data) > 1 else []
         if data[:1] == b"M":
-            names = strings[0::2]
-            values = strings[1::2]
-            if b"{auth_authen}" in names[: len(values)]:
-                self._login = values[names.index(b"{auth_authen}")].decode("latin-1")
-            else:
-                self._login = ""
+            strings = [string.decode("latin-1") for string in self._strings(data[1:] or b"\0")]
+            self._macros = dict(zip(strings[0::2], strings[1::2], strict=False))
+        elif len(data) > 1:
+            self._strings(data[1:])
 
     def _mail(self, data: bytes) -> bytes:
         self._require(self._state not in (_NEGOTIATE, _WAITING))
         sender = self._strings(data)[0].decode("latin-1")
         self._abort()
         self._state = _ENVELOPE
-        login, self._login = self._login, ""
-        reply = self._call(self._handler.mail, sender, login) or self._refusal
+        macros, self._macros = self._macros, {}
+        reply = self._call(self._handler.mail, sender, macros) or self._refusal
         if self._protocol & NO_REPLY_MAIL:
             self._refusal = reply
             return b""
         if reply and self._handler.refuses:
             self._abort()
-            return encode_reply(reply)
+            return self._refuse(reply)
         return _CONTINUE
 
     def _rcpt(self, data: bytes) -> bytes:
@@ -415,7 +412,7 @@ class Session:
         if self._protocol & NO_REPLY_RCPT:
             self._refusal = reply
             return b""
-        return encode_reply(reply) if reply and self._handler.refuses else _CONTINUE
+        return self._refuse(reply) if reply and self._handler.refuses else _CONTINUE
 
     def _header(self, data: bytes) -> bytes:
         self._require(self._state in (_ENVELOPE, _HEADER))
@@ -452,10 +449,12 @@ class Session:
         if verdict.reply and not self._handler.refuses:
             return _CONTINUE
         if verdict.reply:
-            return encode_reply(verdict.reply)
-        if verdict.discard:
-            return _DISCARD
+            return self._refuse(verdict.reply)
         return b"".join(map(encode_change, verdict.changes)) + _CONTINUE
+
+    def _refuse(self, reply: Reply) -> bytes:
+        self._handler.refused(reply)
+        return encode_reply(reply)
 
     def _abort(self) -> None:
         if self.in_message:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Which messages count as end-to-end encrypted: MIME structure (RFC 2045, 2046, 3156), streaming.
 
-    multipart/encrypted             nothing but blank lines before, between and after the parts
+    multipart/encrypted             nothing but blank lines before, between and after the parts;
+                                    inbound, before them, the sentence Thunderbird writes there
         application/pgp-encrypted   "Version: 1"
         application/octet-stream    one armored, encrypted OpenPGP message (armor.py)
 
@@ -23,6 +24,7 @@ from chatmaild.filtermail import armor, transfer
 MAX_CONTENT_TYPE = 2000  # octets of one Content-Type field
 MAX_BOUNDARY = 200  # RFC 2046 allows 70
 MAX_PADDING = 80  # blanks after a delimiter
+MAX_PREAMBLE = 200  # of the sentence, with blanks behind it
 MAX_SMALL = 16384  # octets of what is kept: a part's header, a part with a fixed text
 
 _BLANK = b" \t\r\n"
@@ -34,6 +36,8 @@ _PARAMETER = re.compile(
 _BOUNDARY = re.compile(r"[ !#-\[\]-~]*[!#-\[\]-~]\Z")
 # no blank before the colon: some programs do not see such a field
 _FIELD = re.compile(r"([!-9;-~]+):((?:[^\r\n]|\r\n[ \t])*)\r\n")
+_HEADER_TEXT = re.compile(r"[\t\r\n -\x7f]*\Z")
+_SENTENCE = re.compile(rb"This is an OpenPGP/MIME encrypted message \(RFC \d{4} and \d{4}\)\Z")
 _SECUREJOIN = ("vc-request", "vg-request")
 
 
@@ -134,7 +138,7 @@ class MimeCheck:
         self._delimiter = b""
         self._line_start = True  # the next octet starts a line
         self._held = b""  # a line that may be a delimiter
-        self._header = b""  # of the present part
+        self._header = b""  # of the present part; before the first one, the sentence
         self._part = 0  # number of the present part, the first is 1
         self._decoder: transfer.Decoder = transfer.Identity()
         self._sink: _Sink | None = None
@@ -269,16 +273,17 @@ class MimeCheck:
                 self._data(rest)
             else:
                 self._state = _PART_BODY
+        elif self._state == _PREAMBLE and self._incoming and self._pgp:
+            self._header = (self._header + data).lstrip(_BLANK)
+            if len(self._header) > MAX_PREAMBLE:
+                self._refuse()
         elif self._state in (_PREAMBLE, _EPILOGUE) and data.strip(_BLANK):
             self._refuse()
 
     def _start_part(self, header: bytes) -> bool:
         """Choose decoder and check for a part with *header*; False if it has no place here."""
-        try:
-            text = header.decode("ascii")
-        except UnicodeDecodeError:
-            return False
-        if any(c < " " and c not in "\t\r\n" for c in text):
+        text = header.decode("latin-1")
+        if not _HEADER_TEXT.match(text):
             return False
         content_type: ContentType | None = None
         decoder: transfer.Decoder | None = None
@@ -332,6 +337,10 @@ class MimeCheck:
         elif self._state != _PREAMBLE or closing:
             self._refuse()
             return
+        elif self._header and not _SENTENCE.match(self._header.rstrip(_BLANK)):
+            self._refuse()
+            return
         self._sink = None
+        self._header = b""
         self._part += 1
         self._state = _EPILOGUE if closing else _PART_HEADER

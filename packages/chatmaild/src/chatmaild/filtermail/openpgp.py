@@ -43,6 +43,15 @@ class PacketWalk:
         self._small = 0
         self._failed = False
 
+    @property
+    def indifferent(self) -> int:
+        """How many of the next octets may be anything: the inside of a packet."""
+        return self._skip
+
+    def skip(self, octets: int) -> None:
+        """As feed() of so many octets, at most `indifferent`."""
+        self._skip -= octets
+
     def feed(self, data: bytes) -> bool:
         """Take the next octets; False if this cannot become an encrypted message any more."""
         if self._failed:

@@ -8,26 +8,49 @@ much a minute; end-to-end encrypted; then Subject becomes "[...]" and the messag
 Incoming (port 25, and HTTPS delivery): the mailbox exists and is not disabled; one From with one
 address; end-to-end encrypted if any recipient wants only that; signed by the domain in From. An
 envelope sender other than From is replaced by the null sender: a bounce must not go to whoever a
-stranger names.
+stranger names. A disabled mailbox is refused here; to our own users it is one of the unknown ones,
+which Dovecot refuses and Postfix bounces, because a client gives up a message for one refused RCPT.
 
 Sign-only (bounces made by Postfix itself): other relays refuse unsigned mail, so the null sender's
 mail from mailer-daemon@DOMAIN is signed. Nothing is ever refused here.
+
+Where Postfix' milter_macro_defaults says `{chatmail_dkim}=NAME`, another milter of that name signs and
+verifies: the filter makes no signature and looks at none, and does everything else, so that milter
+must come after this one, and must itself refuse mail without a valid signature of the domain in From
+(there is exactly one From then, with one address; an address literal is the client's own). The macro
+stands in the same file as the list of milters: there is no moment at which nobody verifies.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from chatmaild import metrics
 from chatmaild.filtermail import address, dkim, milter, mime, replies
 from chatmaild.filtermail.limiter import Limiter
 from chatmaild.filtermail.milter import PASS, Verdict
+from chatmaild.filtermail.replies import Reply
 from chatmaild.users import MailStore
 
 HIDDEN_SUBJECT = b"[...]"
 SETUP_SUBJECT = "Autocrypt Setup Message"
+
+ACCEPTED = metrics.Counter(
+    "chatmail_mail_accepted", "Messages that passed the filter.", ("direction", "kind")
+)
+REFUSED = metrics.Counter(
+    "chatmail_mail_refused",
+    "Messages and recipients that the filter refused, for now or for good.",
+    ("direction", "reason"),
+)
+DKIM = metrics.Counter(
+    "chatmail_dkim",
+    "Messages signed, and signatures looked for: valid, none valid, key unavailable.",
+    ("result",),
+)
 
 log = logging.getLogger("filtermail")
 
@@ -57,8 +80,9 @@ def _matches(mail_address: str, patterns: Collection[str]) -> bool:
 class _Message:
     """What every handler keeps of a message while it passes."""
 
-    def __init__(self, sender: str, incoming: bool) -> None:
+    def __init__(self, sender: str, macros: Mapping[str, str], incoming: bool) -> None:
         self.sender = sender  # envelope, lower case, "" is the null sender
+        self.dkim_elsewhere = bool(macros.get(milter.DKIM))
         self.recipients: list[str] = []
         self.check = mime.MimeCheck(incoming)
         self.fields: list[dkim.Field] = []  # until the end of the header
@@ -87,14 +111,19 @@ class _Message:
                 pass
 
 
-class _Handler:
+class Handler:
     """Parts of a milter.Handler that the three have in common."""
 
     direction = ""
     refuses = True
 
     def __init__(self, policy: Policy) -> None:
-        self._policy = policy
+        self._policy = self._next_policy = policy
+        self._signer: dkim.Signer | None = None
+
+    def use(self, policy: Policy) -> None:
+        """Judge by *policy* from the next message on."""
+        self._next_policy = policy
 
     def connect(self, address: str) -> None:
         pass
@@ -110,20 +139,31 @@ class _Handler:
         where = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}" if frame else "?"
         log.error("%s: %s at %s", self.direction, type(error).__name__, where)
 
-    def _log(self, text: str) -> None:
-        log.info("%s: %s", self.direction, text)
+    def refused(self, reply: Reply) -> None:
+        log.info("%s: refused, %s", self.direction, reply.why)
+        REFUSED.inc(self.direction.lower(), reply.why)
 
-    def _refuse(self, reply: str, why: str) -> Verdict:
-        log.info("%s: refused, %s", self.direction, why)
-        return Verdict(reply)
+    def _signatures(self) -> list[milter.InsertHeader]:
+        """The DKIM-Signature fields of the message, none if it is not signed here."""
+        if self._signer is None:
+            return []
+        DKIM.inc("signed")
+        return [
+            milter.InsertHeader(position, b"DKIM-Signature", value)
+            for position, value in enumerate(self._signer.finish(self._policy.clock()))
+        ]
+
+    def _accepted(self, kind: str) -> None:
+        log.info("%s: %s accepted", self.direction, kind)
+        ACCEPTED.inc(self.direction.lower(), kind)
 
 
 # --- outgoing -------------------------------------------------------------------------------------
 
 
-class OutgoingHandler(_Handler):
+class OutgoingHandler(Handler):
     direction = "Outgoing"
-    actions = milter.ADD_HEADERS | milter.CHANGE_HEADERS | milter.DELETE_RECIPIENTS
+    actions = milter.ADD_HEADERS | milter.CHANGE_HEADERS
     # a refused recipient would fail the whole message in the client: RCPT gets no verdict
     protocol = milter.NO_CONNECT | milter.NO_REPLY_RCPT
 
@@ -134,32 +174,25 @@ class OutgoingHandler(_Handler):
     def abort(self) -> None:
         self._message: _Message | None = None
         self._subjects: list[bytes] = []
-        self._signer: dkim.Signer | None = None
-        self._disabled: list[str] = []
+        self._signer = None
 
-    def mail(self, sender: str, login: str) -> str | None:
-        policy = self._policy
+    def mail(self, sender: str, macros: Mapping[str, str]) -> Reply | None:
+        policy = self._policy = self._next_policy
+        login = macros.get(milter.LOGIN, "")
         envelope = address.parse_envelope(sender)
         user, separator, domain = envelope.rpartition("@")
         if not login or login.lower() != envelope or not user or domain != policy.domain:
-            self._log("refused, sender is not the login")
             return replies.NOT_LOGIN
         if policy.mailboxes.is_disabled(envelope):
-            self._log("refused, sender is disabled")
             return replies.with_address(replies.SENDER_DISABLED, envelope)
         if not policy.limiter.allow(envelope, policy.monotonic()):
-            self._log("refused, too much mail from one sender")
             return replies.with_address(replies.RATE_LIMITED, envelope)
-        self._message = _Message(envelope, incoming=False)
+        self._message = _Message(envelope, macros, incoming=False)
         return None
 
-    def rcpt(self, recipient: str) -> str | None:
+    def rcpt(self, recipient: str) -> Reply | None:
         assert self._message is not None
-        envelope = address.parse_envelope(recipient)
-        self._message.recipients.append(envelope)
-        mailbox = local_mailbox(envelope, self._policy.domain)
-        if mailbox is not None and self._policy.mailboxes.is_disabled(mailbox):
-            self._disabled.append(recipient)
+        self._message.recipients.append(address.parse_envelope(recipient))
         return None
 
     def header(self, name: bytes, value: bytes) -> None:
@@ -177,7 +210,7 @@ class OutgoingHandler(_Handler):
             for name, value in message.fields
         ]
         message.fields = []
-        if self._policy.signing_keys:
+        if not message.dkim_elsewhere:
             self._signer = dkim.Signer(self._policy.signing_keys, fields)
 
     def body(self, data: bytes) -> None:
@@ -191,24 +224,21 @@ class OutgoingHandler(_Handler):
         assert message is not None
         message.check.end()
         if message.malformed:
-            return self._refuse(replies.MALFORMED_HEADER, "malformed header")
+            return Verdict(replies.MALFORMED_HEADER)
         if not message.from_address:
-            return self._refuse(replies.BAD_FROM, "not exactly one From")
+            return Verdict(replies.BAD_FROM)
         if message.from_address != message.sender:
-            return self._refuse(replies.FROM_NOT_SENDER, "From is not the sender")
+            return Verdict(replies.FROM_NOT_SENDER)
         kind = self._accepted_as(message)
         if kind is None:
-            return self._refuse(replies.NOT_ENCRYPTED, "unencrypted mail")
-        self._log(f"{kind} accepted")
-        if self._disabled and len(self._disabled) == len(message.recipients):
-            return Verdict(discard=True)
-        changes: list[milter.Change] = [milter.DeleteRecipient(r) for r in self._disabled]
-        changes += [
+            return Verdict(replies.NOT_ENCRYPTED)
+        self._accepted(kind)
+        changes: list[milter.Change] = [
             milter.ChangeHeader(number, b"Subject", b" " + HIDDEN_SUBJECT)
             for number, value in enumerate(self._subjects, 1)
             if value.strip(b" \t\r\n") != HIDDEN_SUBJECT
         ]
-        changes += _signature_fields(self._signer, self._policy.clock())
+        changes += self._signatures()
         return Verdict(changes=changes)
 
     def _accepted_as(self, message: _Message) -> str | None:
@@ -233,14 +263,6 @@ class OutgoingHandler(_Handler):
         return None
 
 
-def _signature_fields(signer: dkim.Signer | None, now: float) -> list[milter.Change]:
-    values = signer.finish(now) if signer is not None else []
-    return [
-        milter.InsertHeader(position, b"DKIM-Signature", value)
-        for position, value in enumerate(values)
-    ]
-
-
 # --- incoming -------------------------------------------------------------------------------------
 
 
@@ -259,7 +281,7 @@ def local_mailbox(recipient: str, domain: str) -> str | None:
     return f"{user or local}@{domain}"
 
 
-class IncomingHandler(_Handler):
+class IncomingHandler(Handler):
     direction = "Incoming"
     actions = milter.CHANGE_SENDER
     protocol = milter.NO_REPLY_CONNECT | milter.NO_REPLY_MAIL
@@ -278,21 +300,20 @@ class IncomingHandler(_Handler):
     def connect(self, address: str) -> None:
         self._client = address
 
-    def mail(self, sender: str, login: str) -> str | None:
-        self._message = _Message(address.parse_envelope(sender), incoming=True)
+    def mail(self, sender: str, macros: Mapping[str, str]) -> Reply | None:
+        self._policy = self._next_policy
+        self._message = _Message(address.parse_envelope(sender), macros, incoming=True)
         return None
 
-    def rcpt(self, recipient: str) -> str | None:
+    def rcpt(self, recipient: str) -> Reply | None:
         assert self._message is not None
         mailboxes = self._policy.mailboxes
         envelope = address.parse_envelope(recipient)
         mailbox = local_mailbox(envelope, self._policy.domain)
         if mailbox is not None and envelope != "postmaster":  # RFC 5321: the host's own, if bare
             if not mailboxes.exists(mailbox):
-                self._log("refused, unknown recipient")
                 return replies.with_address(replies.UNKNOWN_RECIPIENT, envelope)
             if mailboxes.is_disabled(mailbox):
-                self._log("refused, recipient is disabled")
                 return replies.with_address(replies.RECIPIENT_DISABLED, envelope)
             if mailboxes.requires_encryption(mailbox):
                 self._encrypted_only = True
@@ -311,7 +332,7 @@ class IncomingHandler(_Handler):
         message.end_of_header()
         fields, message.fields = message.fields, []
         domain = message.from_address.rpartition("@")[2]
-        if domain and not domain.startswith("["):
+        if domain and not domain.startswith("[") and not message.dkim_elsewhere:
             self._verifier = dkim.Verifier(fields, domain, self._policy.clock())
 
     def body(self, data: bytes) -> None:
@@ -325,29 +346,33 @@ class IncomingHandler(_Handler):
         assert message is not None
         message.check.end()
         if message.malformed:
-            return self._refuse(replies.MALFORMED_HEADER, "malformed header")
+            return Verdict(replies.MALFORMED_HEADER)
         if not message.from_address:
-            return self._refuse(replies.BAD_FROM, "not exactly one From")
+            return Verdict(replies.BAD_FROM)
         if self._encrypted_only and self._accepted_as(message) is None:
-            return self._refuse(replies.NOT_ENCRYPTED, "unencrypted mail")
-        if self._verifier is None:
-            literal = address.literal_of(message.from_address.rpartition("@")[2])
+            return Verdict(replies.NOT_ENCRYPTED)
+        domain = message.from_address.rpartition("@")[2]
+        if domain.startswith("["):
+            literal = address.literal_of(domain)
             if literal is None or literal != _client_ip(self._client):
-                return self._refuse(replies.LITERAL_NOT_CLIENT, "From is another host's literal")
+                return Verdict(replies.LITERAL_NOT_CLIENT)
             return self._accept(message)
-        names = self._verifier.key_names()
-        if not names:
-            return self._refuse(replies.NO_SIGNATURE, "no valid DKIM signature")
-        return names
+        if message.dkim_elsewhere:
+            return self._accept(message)
+        assert self._verifier is not None
+        return self._verifier.key_names() or self.keys({})
 
     def keys(self, keys: milter.Keys) -> Verdict:
         message, verifier = self._message, self._verifier
         assert message is not None and verifier is not None
         if verifier.verify({name: found for name, found in keys.items() if found is not None}):
+            DKIM.inc("valid")
             return self._accept(message)
         if None in keys.values():
-            return self._refuse(replies.KEY_UNAVAILABLE, "DKIM key unavailable")
-        return self._refuse(replies.NO_SIGNATURE, "no valid DKIM signature")
+            DKIM.inc("key unavailable")
+            return Verdict(replies.KEY_UNAVAILABLE)
+        DKIM.inc("none valid")
+        return Verdict(replies.NO_SIGNATURE)
 
     def _accepted_as(self, message: _Message) -> str | None:
         """What a recipient who wants encrypted mail accepts this message as; None: not at all."""
@@ -364,7 +389,7 @@ class IncomingHandler(_Handler):
         return None
 
     def _accept(self, message: _Message) -> Verdict:
-        self._log(f"{self._accepted_as(message) or 'unencrypted mail'} accepted")
+        self._accepted(self._accepted_as(message) or "unencrypted mail")
         if message.sender and message.sender != message.from_address:
             return Verdict(changes=(milter.ChangeSender(""),))
         return PASS
@@ -378,7 +403,7 @@ def _client_ip(text: str) -> address.IPAddress | None:
 # --- sign-only ------------------------------------------------------------------------------------
 
 
-class SignHandler(_Handler):
+class SignHandler(Handler):
     direction = "Bounce"
     actions = milter.ADD_HEADERS
     protocol = milter.NO_CONNECT | milter.NO_REPLY_MAIL | milter.NO_REPLY_RCPT
@@ -390,13 +415,14 @@ class SignHandler(_Handler):
 
     def abort(self) -> None:
         self._message: _Message | None = None
-        self._signer: dkim.Signer | None = None
+        self._signer = None
 
-    def mail(self, sender: str, login: str) -> str | None:
-        self._message = _Message(address.parse_envelope(sender), incoming=False)
+    def mail(self, sender: str, macros: Mapping[str, str]) -> Reply | None:
+        self._policy = self._next_policy
+        self._message = _Message(address.parse_envelope(sender), macros, incoming=False)
         return None
 
-    def rcpt(self, recipient: str) -> str | None:
+    def rcpt(self, recipient: str) -> Reply | None:
         return None
 
     def header(self, name: bytes, value: bytes) -> None:
@@ -409,7 +435,7 @@ class SignHandler(_Handler):
         message.end_of_header()
         fields, message.fields = message.fields, []
         own = f"mailer-daemon@{self._policy.domain}"
-        if not message.sender and message.from_address == own:
+        if not message.sender and message.from_address == own and not message.dkim_elsewhere:
             self._signer = dkim.Signer(self._policy.signing_keys, fields)
 
     def body(self, data: bytes) -> None:
@@ -417,5 +443,5 @@ class SignHandler(_Handler):
             self._signer.body(data)
 
     def end_of_message(self) -> Verdict:
-        self._log("signed" if self._signer is not None else "passed unsigned")
-        return Verdict(changes=_signature_fields(self._signer, self._policy.clock()))
+        self._accepted("signed mail" if self._signer is not None else "unsigned mail")
+        return Verdict(changes=self._signatures())

@@ -16,9 +16,10 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fcntl
+import hashlib
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -98,10 +99,11 @@ def make_plan(paths: Paths, version: str) -> Plan:
         components=components,
         config=config,
     )
+    wanted = {dest for item in rendered.values() for dest in item.files}
     for component in components:
-        _plan_files(paths, plan, old, component, rendered[component.name])
+        _plan_files(paths, plan, old, component, rendered[component.name], wanted)
     for name in set(old.components) - set(rendered):
-        _plan_removal(paths, plan, old.components[name])
+        _plan_removal(paths, plan, old.components[name], wanted)
     now = any(item.postconf or item.master for item in rendered.values())
     if now or any(entry.postconf or entry.master for entry in old.components.values()):
         _plan_postfix(paths, plan, old, components, rendered)
@@ -125,30 +127,40 @@ def _pend(plan: Plan, unit: str, action: str) -> None:
 
 
 def _plan_files(
-    paths: Paths, plan: Plan, old: Ledger, component: Component, rendered: Rendered
+    paths: Paths,
+    plan: Plan,
+    old: Ledger,
+    component: Component,
+    rendered: Rendered,
+    wanted: set[str],
 ) -> None:
+    """Files of one component; one that left it but is *wanted* by another stays."""
     before = old.components.get(component.name, Entry())
+    known = old.files
     entry = Entry(units=list(component.units))
     for dest, (content, mode, action) in rendered.files.items():
         change = Change(paths.real(dest), content, mode)
-        if dest in before.files:
-            entry.files[dest] = before.files[dest]
-        else:
-            entry.files[dest] = None if dest in old.owned else remember(change.dest)
+        entry.files[dest] = known[dest] if dest in known else remember(change.dest)
         if differs(change):
             plan.changes.append(change)
             _need(plan, component, action)
-    for dest in set(before.files) - set(rendered.files):
+    for dest in set(before.files) - wanted:
         plan.changes.append(_restored(paths, dest, before.files[dest]))
         _need(plan, component, "restart")
+    for unit in set(component.units) - set(before.units):
+        _pend(plan, unit, "restart")  # new here: a reload would not start it
     entry.postconf = dict(before.postconf)
     entry.master = dict(before.master)
     plan.ledger.components[component.name] = entry
 
 
-def _plan_removal(paths: Paths, plan: Plan, entry: Entry) -> None:
+def _plan_removal(
+    paths: Paths, plan: Plan, entry: Entry, wanted: Container[str] = frozenset()
+) -> None:
     """A component whose package is gone: put back what was there before it."""
     for dest, before in entry.files.items():
+        if dest in wanted:
+            continue
         change = _restored(paths, dest, before)
         if differs(change):
             plan.changes.append(change)
@@ -179,14 +191,18 @@ def _plan_postfix(
         main, master = staging.main_values(), staging.master_lines()
         want_main: dict[str, str | None] = {}
         want_master: dict[str, str | None] = {}
+        # what stood there before any component: one may set a key of another anew
+        first_main: dict[str, str | None] = dict(main)
+        first_master: dict[str, str | None] = dict(master)
         for entry in old.components.values():
             want_main |= entry.postconf
             want_master |= entry.master
+        first_main |= want_main
+        first_master |= want_master
         for name, item in rendered.items():
-            before = old.components.get(name, Entry())
             entry = plan.ledger.components[name]
-            entry.postconf = {k: before.postconf.get(k, main.get(k)) for k in item.postconf}
-            entry.master = {k: before.master.get(k, master.get(k)) for k in item.master}
+            entry.postconf = {key: first_main.get(key) for key in item.postconf}
+            entry.master = {key: first_master.get(key) for key in item.master}
             want_main |= item.postconf
             want_master |= item.master
         staging.set_main(want_main)
@@ -209,7 +225,8 @@ def _needs_restart(main: dict[str, str], wanted: dict[str, str | None]) -> bool:
 def apply(paths: Paths, version: str, *, check_all: bool = False) -> Plan:
     """Make the machine as the settings say and return what was done.
 
-    *check_all* asks the checkers of unchanged components too (a daemon's binary is new). Raises
+    *check_all* is for the time after a daemon's upgrade: the checkers of unchanged components are asked
+    too, and units that run a replaced program are restarted. Raises
     Refused when a checker or a foreign listener objects, and what make_plan raises; everything is
     then as before. A unit that does not come up is a Refused as well, after the commit: its reason
     says so, and it stays pending.
@@ -228,6 +245,9 @@ def apply(paths: Paths, version: str, *, check_all: bool = False) -> Plan:
             for component in plan.components:
                 for unit in component.units:
                     _pend(plan, unit, "restart")
+        if check_all and paths.is_live:
+            for unit in systemd.outdated([u for item in plan.components for u in item.units]):
+                _pend(plan, unit, "restart")
         to_check = plan.components if check_all else plan.changed_components
 
         def verify() -> None:
@@ -237,6 +257,9 @@ def apply(paths: Paths, version: str, *, check_all: bool = False) -> Plan:
 
         if plan.changes:
             Transaction(paths.state).run(plan.changes, verify)
+            for change in plan.changes:
+                if change.content is None:
+                    _remove_empty(paths, change.dest.parent)
         else:
             verify()
         _activate_pending(paths, plan)
@@ -283,8 +306,8 @@ def unapply(paths: Paths) -> list[str]:
         plan.changes = [change for change in plan.changes if differs(change)]
         plan.changes.append(Change(ledger_path(paths.state), None))
         Transaction(paths.state).run(plan.changes)
-        for dest in old.owned:
-            _remove_empty(paths.real(dest).parent)
+        for dest in old.files:
+            _remove_empty(paths, paths.real(dest).parent)
         if paths.is_live:
             systemd.daemon_reload()
             for unit in plan.ledger.pending:
@@ -292,14 +315,10 @@ def unapply(paths: Paths) -> list[str]:
         return sorted(old.components)
 
 
-def _remove_empty(folder: Path) -> None:
-    while folder.parts[:3] in (
-        ("/", "etc", "chatmail"),
-        ("/", "var", "lib"),
-    ) and folder.name not in (
-        "lib",
-        "chatmail",
-    ):
+def _remove_empty(paths: Paths, folder: Path) -> None:
+    """Remove *folder* and those above it as far as they are ours and empty."""
+    ours = (paths.real("/etc/chatmail"), paths.real("/var/lib/chatmail"))
+    while any(base in folder.parents for base in ours):
         try:
             folder.rmdir()
         except OSError:
@@ -383,4 +402,9 @@ def diff(plan: Plan) -> list[str]:
 
 
 def _lines(content: bytes | None) -> list[str]:
-    return [] if content is None else content.decode("utf-8", "replace").splitlines()
+    if content is None:
+        return []
+    try:
+        return content.decode("utf-8").splitlines()
+    except UnicodeDecodeError:
+        return [f"binary, SHA-256 {hashlib.sha256(content).hexdigest()}"]

@@ -2,6 +2,7 @@
 """The command chatmail-relay(8). Exit status: 0 well, 1 not, 2 wrong usage."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,12 +20,15 @@ from chatmaild.config import (
     read_settings,
 )
 
+from . import dns, store
+from .accounts import AccountError, add_commands
 from .apply import NotConfigured, Refused, apply, diff, is_configured, make_plan, recover, unapply
 from .component import ComponentError
+from .errors import RenderError
 from .ledger import LedgerError
 from .paths import Paths
 from .postfix import PostfixError
-from .render import RenderError
+from .preview import Pages, Preview
 from .status import Finding, check, status
 from .transaction import Change, TransactionError, write_file
 
@@ -40,12 +44,16 @@ ERRORS = (
     PostfixError,
     LedgerError,
     TransactionError,
+    AccountError,
     OSError,
 )
 
 
 def main(argv: list[str] | None = None, *, root: str = "/") -> int:
     """Run one command; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in store.COMMANDS:
+        return store.run(argv[0], argv[1:])
     options = _parser().parse_args(argv)
     paths = Paths(Path(root))
     try:
@@ -98,8 +106,17 @@ def _parser() -> argparse.ArgumentParser:
     command("diff", _diff, "show what apply would change")
     command("check", _check, "validate settings, files on disk, checkers and kernel limits")
     command("status", _status, "say whether the running relay is well")
+    for name, help in store.COMMANDS.items():
+        commands.add_parser(name, help=help, add_help=False)
+    add_commands(commands, common)
+    dns.add_command(commands, common)
     command("unapply", _unapply, "put back what was there before the relay")
     command("recover", _recover, "repair what an interrupted apply left (run at boot)")
+    web_pages = command("web", _web, "list the web pages' files and where each comes from")
+    web_pages.add_argument(
+        "--serve", action="store_true", help="show them on loopback, and changes as they are made"
+    )
+    web_pages.add_argument("--port", type=int, default=8080, help="for --serve (8080)")
     return parser
 
 
@@ -231,4 +248,19 @@ def _recover(paths: Paths, options: argparse.Namespace) -> int:
     state = recover(paths)
     text = "nothing to repair" if state is None else f"repaired an interrupted apply ({state})"
     _print(options, {"found": state}, [f"chatmail-relay: {text}"])
+    return 0
+
+
+def _web(paths: Paths, options: argparse.Namespace) -> int:
+    if not is_configured(paths):
+        raise NotConfigured
+    pages = Pages(paths, _version())
+    built = pages.build()
+    if options.serve:
+        with Preview(pages, options.port) as server, contextlib.suppress(KeyboardInterrupt):
+            print(f"{server.url}  (end with Ctrl-C)", flush=True)
+            server.serve_forever()
+        return 0
+    origin = {name: str(path) for name, path in pages.sources().items() if name in built}
+    _print(options, origin, [f"/{name}  {path}" for name, path in sorted(origin.items())])
     return 0

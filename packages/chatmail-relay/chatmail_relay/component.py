@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ACTIVATIONS = ("reload", "restart")  # in the order of strength
+PROTOCOLS = ("tcp", "udp")
 
 
 class ComponentError(Exception):
@@ -31,12 +32,13 @@ class File:
 
 @dataclass(frozen=True)
 class Listen:
-    """A TCP port that *unit* must answer on; *address* is "*" or a loopback address.
+    """A port that *unit* must answer on; *address* is "*" or a loopback address.
 
     *exclusive*: another unit of ours on this port is a conflict too (other sites of nginx on 443).
     """
 
     port: int
+    protocol: str  # tcp | udp
     address: str
     what: str
     unit: str
@@ -50,6 +52,14 @@ class Limit:
     sysctl: str
     at_least: str
     remedy: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """Web pages: the component's folder, with that of the operator over it, rendered to *dest*."""
+
+    dest: str
+    overrides: str
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,7 @@ class Component:
     master: dict[str, str] = field(default_factory=dict)
     listen: list[Listen] = field(default_factory=list)
     limits: list[Limit] = field(default_factory=list)
+    site: Site | None = None
 
 
 # the keys of the file, "?" for those only the package build reads (tools/debian-components)
@@ -83,8 +94,9 @@ _KEYS = {
     "master",
     "listen",
     "limit",
+    "site",
 }
-_BUILD_KEYS = {"triggers", "dropin", "install", "unit"}
+_BUILD_KEYS = {"triggers", "dropin", "install"}
 
 
 def load_component(path: Path) -> Component:
@@ -128,6 +140,7 @@ def _component(path: Path, data: dict[str, Any]) -> Component:
         listen=[
             Listen(
                 port=int(item["port"]),
+                protocol=_protocol(item.get("protocol", "tcp")),
                 address=item.get("address", "*"),
                 what=item.get("what", ""),
                 unit=item.get("unit", units[0] if units else ""),
@@ -139,12 +152,19 @@ def _component(path: Path, data: dict[str, Any]) -> Component:
             Limit(item["sysctl"], str(item["at_least"]), item.get("remedy", ""))
             for item in data.get("limit", [])
         ],
+        site=Site(**data["site"]) if "site" in data else None,
     )
 
 
 def _activation(value: str) -> str:
     if value not in ACTIVATIONS:
         raise ValueError(f"activate = {value}: write reload or restart")
+    return value
+
+
+def _protocol(value: str) -> str:
+    if value not in PROTOCOLS:
+        raise ValueError(f"protocol = {value}: write tcp or udp")
     return value
 
 

@@ -41,9 +41,13 @@ class Ledger:
         return (json.dumps(data, indent=1, sort_keys=True) + "\n").encode()
 
     @property
-    def owned(self) -> set[str]:
-        """Destinations of all files that are ours."""
-        return {dest for entry in self.components.values() for dest in entry.files}
+    def files(self) -> dict[str, dict[str, object] | None]:
+        """All files that are ours, whichever component's, and what was there before."""
+        return {
+            dest: before
+            for entry in self.components.values()
+            for dest, before in entry.files.items()
+        }
 
 
 def ledger_path(state: Path) -> Path:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Who listens where: Linux' /proc/net/tcp and the control group of the owning process."""
+"""Who listens where: Linux' /proc/net/{tcp,udp} and the control group of the owning process."""
 
 import ipaddress
 import os
@@ -9,23 +9,26 @@ from dataclasses import dataclass
 
 from .component import Component
 
-_LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp, see proc_net(5)
+# see proc_net(5): TCP_LISTEN, and TCP_CLOSE, which is what a UDP socket without a peer has
+_STATE = {"tcp": "0A", "udp": "07"}
+Port = tuple[str, int]  # protocol, number
 
 
 @dataclass(frozen=True)
 class Listener:
-    """A listening TCP socket; *unit* is "" where no service owns it."""
+    """A listening socket; *unit* is "" where no service owns it."""
 
-    port: int
+    port: Port
     address: ipaddress.IPv4Address | ipaddress.IPv6Address
     unit: str
     process: str
 
 
-def listeners(ports: set[int]) -> list[Listener]:
-    """The listening TCP sockets of this network namespace on any of *ports*."""
+def listeners(ports: set[Port]) -> list[Listener]:
+    """The listening sockets of this network namespace on any of *ports*."""
     inodes = {}
-    for name in ("tcp", "tcp6"):
+    for name in ("tcp", "tcp6", "udp", "udp6"):
+        protocol = name[:3]
         try:
             with open(f"/proc/net/{name}", encoding="ascii") as table:
                 lines = table.readlines()[1:]
@@ -34,8 +37,9 @@ def listeners(ports: set[int]) -> list[Listener]:
         for line in lines:
             words = line.split()
             host, port = words[1].split(":")
-            if words[3] == _LISTEN and int(port, 16) in ports:
-                inodes[words[9]] = (int(port, 16), _address(host))
+            held = (protocol, int(port, 16))
+            if words[3] == _STATE[protocol] and held in ports:
+                inodes[words[9]] = (held, _address(host))
     owners = _owners(set(inodes)) if inodes else {}
     return [
         Listener(port, address, *owners.get(inode, ("", "an unknown process")))
@@ -45,7 +49,9 @@ def listeners(ports: set[int]) -> list[Listener]:
 
 def foreign_listeners(components: list[Component]) -> list[str]:
     """One line, with the remedy, for every port of ours that somebody else holds."""
-    wanted = {item.port: item for component in components for item in component.listen}
+    wanted = {
+        (item.protocol, item.port): item for component in components for item in component.listen
+    }
     ours = {unit for component in components for unit in component.units}
     problems = set()
     for listener in listeners(set(wanted)):

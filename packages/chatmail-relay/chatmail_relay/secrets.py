@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""Keys that are made once and never again: DKIM, and the self-signed certificate.
+"""Keys that are made once and never again: DKIM, the secret of TURN, the self-signed certificate.
 
 They are not in the ledger: what they protect (DNS records, clients that remember a key) outlives a
 removal of the package.
 """
 
 import datetime
+import secrets
 from pathlib import Path
 
 from chatmaild.config import SELF_SIGNED_CERT, SELF_SIGNED_KEY, Config
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from .paths import Paths
@@ -19,6 +20,8 @@ from .transaction import Change
 
 DKIM_KEYS = "/var/lib/chatmail/keys/dkim"
 DKIM_RSA = f"{DKIM_KEYS}/rsa.pem"
+DKIM_ED25519 = f"{DKIM_KEYS}/ed25519.pem"  # in use once dkim_ed25519 is set
+TURN_SECRET = "/var/lib/chatmail/keys/turn/secret"  # ASCII, no line end
 RSA_BITS = 2048  # what every verifier takes and one DNS TXT record holds (RFC 8301)
 VALID_DAYS = 36500
 
@@ -29,10 +32,14 @@ def missing_secrets(paths: Paths, config: Config) -> list[Change]:
     The certificate is made anew for its old key when the domain changes: clients may know the key.
     """
     changes = []
-    dkim = paths.real(DKIM_RSA)
-    if not dkim.exists():
+    if not paths.real(DKIM_RSA).exists():
         key = rsa.generate_private_key(public_exponent=65537, key_size=RSA_BITS)
-        changes.append(Change(dkim, _pem(key), 0o600))
+        changes.append(Change(paths.real(DKIM_RSA), _pem(key), 0o600))
+    if not paths.real(DKIM_ED25519).exists():
+        second = ed25519.Ed25519PrivateKey.generate()
+        changes.append(Change(paths.real(DKIM_ED25519), _pem(second), 0o600))
+    if not paths.real(TURN_SECRET).exists():
+        changes.append(Change(paths.real(TURN_SECRET), secrets.token_urlsafe(32).encode(), 0o600))
     if config.tls == "self":
         changes += _self_signed(paths, config.mail_domain)
     return changes
@@ -87,7 +94,9 @@ def _certificate(key: ec.EllipticCurvePrivateKey, names: list[str]) -> bytes:
     )
 
 
-def _pem(key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey) -> bytes:
+def _pem(
+    key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey,
+) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,

@@ -92,8 +92,16 @@ def _pending(paths: Paths) -> Iterator[Finding]:
 
 def _units(components: list[Component]) -> Iterator[Finding]:
     units = [unit for component in components for unit in component.units]
+    # what a timer starts is not up, but must not have failed
+    runs = [f"{unit.removesuffix('.timer')}.service" for unit in units if unit.endswith(".timer")]
     states = systemd.properties(
-        units, "ActiveState", "SubState", "UnitFileState", "NRestarts", "ConditionResult"
+        [*units, *runs],
+        "ActiveState",
+        "SubState",
+        "UnitFileState",
+        "NRestarts",
+        "ConditionResult",
+        "Result",
     )
     for unit in units:
         state = states.get(unit, {})
@@ -106,13 +114,18 @@ def _units(components: list[Component]) -> Iterator[Finding]:
         # a socket-activated service rests until its first connection
         resting = active == "inactive" and f"{unit.rsplit('.', 1)[0]}.socket" in states
         yield Finding(f"unit {unit}", active == "active" or resting, detail, remedy)
+    for unit in runs:
+        result = states.get(unit, {}).get("Result", "unknown")
+        remedy = f"see journalctl --namespace=chatmail -u {unit}"
+        yield Finding(f"last run of {unit}", result == "success", result, remedy)
 
 
 def _ports(components: list[Component]) -> Iterator[Finding]:
     wanted = [item for component in components for item in component.listen]
-    held = {listener.port: listener for listener in listeners({item.port for item in wanted})}
+    ports = {(item.protocol, item.port) for item in wanted}
+    held = {listener.port: listener for listener in listeners(ports)}
     for item in wanted:
-        listener = held.get(item.port)
+        listener = held.get((item.protocol, item.port))
         well = listener is not None and listener.unit == item.unit
         detail = "nobody listens" if listener is None else f"{listener.unit or listener.process}"
         yield Finding(

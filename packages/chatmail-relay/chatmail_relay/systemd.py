@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Restarts and reloads by deb-systemd-invoke(1), which asks policy-rc.d and honours `disable`."""
 
+import os
 import subprocess
 
 
@@ -13,8 +14,12 @@ def activate(unit: str, action: str) -> str | None:
     """Restart or reload *unit*; returns None, or what went wrong.
 
     A reload must not start a unit that the administrator stopped or disabled, and only `restart`
-    is checked for that by deb-systemd-invoke: hence try-reload-or-restart.
+    is checked for that by deb-systemd-invoke: hence try-reload-or-restart. A unit whose package is
+    gone, and which may still run, is stopped.
     """
+    if properties([unit], "LoadState").get(unit, {}).get("LoadState") == "not-found":
+        subprocess.run(["systemctl", "stop", unit], capture_output=True, timeout=300)
+        return None
     verb = "restart" if action == "restart" else "try-reload-or-restart"
     # a daemon that could not start with its old configuration has met systemd's start limit
     subprocess.run(["systemctl", "reset-failed", unit], capture_output=True, timeout=60)
@@ -42,4 +47,21 @@ def properties(units: list[str], *names: str) -> dict[str, dict[str, str]]:
         pairs = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
         if "Id" in pairs:
             found[pairs["Id"]] = pairs
+    return found
+
+
+def outdated(units: list[str]) -> list[str]:
+    """Those of *units* that still run a program which an upgrade has replaced since.
+
+    A daemon's package restarts the daemon's own unit, and knows nothing of units of ours that run it.
+    """
+    found = []
+    for unit, state in properties(units, "MainPID").items():
+        try:
+            # 0 is none; a socket has not even that
+            program = os.readlink(f"/proc/{state.get('MainPID', 0)}/exe")
+        except OSError:
+            continue  # not running
+        if program.endswith(" (deleted)"):
+            found.append(unit)
     return found

@@ -79,11 +79,15 @@ def test_keys_are_made_once_and_private(root):
     configured(root)
     dkim = root / "var/lib/chatmail/keys/dkim/rsa.pem"
     tls = root / "var/lib/chatmail/tls/self-signed.key"
-    keys = dkim.read_bytes(), tls.read_bytes()
-    assert {path.stat().st_mode & 0o777 for path in (dkim, tls)} == {0o600}
+    second = dkim.with_name("ed25519.pem")
+    turn = root / "var/lib/chatmail/keys/turn/secret"
+    paths = (dkim, second, tls, turn)
+    keys = [path.read_bytes() for path in paths]
+    assert {path.stat().st_mode & 0o777 for path in paths} == {0o600}
+    assert len(turn.read_text()) == 43
     assert run(root, "set", "mail_domain=_beta.example") == 0
     assert run(root, "apply") == 0
-    assert (dkim.read_bytes(), tls.read_bytes()) == keys
+    assert [path.read_bytes() for path in paths] == keys
     assert "domain=_beta.example" in (root / "etc/toy/toy.conf").read_text()
 
 
@@ -175,6 +179,14 @@ def test_only_what_changed_is_activated_and_as_gently_as_possible(root, live):
     assert live == [("toy.service", "restart")]
 
 
+def test_after_an_unapply_everything_is_started_again(root, live):
+    configured(root)
+    run(root, "unapply")
+    live.clear()
+    assert run(root, "apply") == 0  # the keys are still there
+    assert live == [("toy.service", "restart")]
+
+
 def test_a_restart_that_failed_is_done_by_the_next_run(root, live, monkeypatch, capsys):
     monkeypatch.setattr(systemd, "activate", lambda unit, action: "broken")
     run(root, "set", "mail_domain=_alpha.example")
@@ -184,6 +196,16 @@ def test_a_restart_that_failed_is_done_by_the_next_run(root, live, monkeypatch, 
     monkeypatch.setattr(systemd, "activate", lambda unit, action: done.append(unit))
     assert run(root, "apply") == 0
     assert done == ["toy.service"]
+
+
+def test_after_an_upgrade_units_with_a_replaced_program_are_restarted(root, live, monkeypatch):
+    configured(root)
+    live.clear()
+    monkeypatch.setattr(systemd, "outdated", lambda units: units)
+    assert run(root, "apply") == 0
+    assert live == []
+    assert run(root, "apply", "--check-all") == 0
+    assert live == [("toy.service", "restart")]
 
 
 def test_unapply_puts_back_what_was_there(root):

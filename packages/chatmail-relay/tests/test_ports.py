@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: MIT
+"""Who listens where, for TCP and UDP, and which listeners stand in the way."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from chatmail_relay import systemd
+from chatmail_relay.component import ComponentError, load_component
+from chatmail_relay.ports import foreign_listeners, listeners
+
+TOML = """
+name = "toy"
+order = 10
+units = ["toy.service"]
+[[listen]]
+port = {port}
+protocol = "{protocol}"
+what = "toys"
+"""
+
+
+@pytest.mark.parametrize(
+    ("protocol", "kind"), [("tcp", socket.SOCK_STREAM), ("udp", socket.SOCK_DGRAM)]
+)
+def test_a_listener_is_found_by_protocol_and_port(tmp_path, protocol, kind):
+    path = tmp_path / "component.toml"
+    with socket.socket(socket.AF_INET, kind) as sock:
+        sock.bind(("127.0.0.1", 0))
+        if protocol == "tcp":
+            sock.listen()
+        port = sock.getsockname()[1]
+        found = listeners({(protocol, port)})
+        assert [(item.port, str(item.address)) for item in found] == [
+            ((protocol, port), "127.0.0.1")
+        ]
+        assert f"pid {os.getpid()}" in found[0].process
+        other = "udp" if protocol == "tcp" else "tcp"
+        assert listeners({(other, port)}) == []
+        path.write_text(TOML.format(port=port, protocol=protocol))
+        problems = foreign_listeners([load_component(path)])
+        assert len(problems) == 1 and f"port {port} (toys) is in use by" in problems[0]
+    assert listeners({(protocol, port)}) == []
+
+
+def test_a_udp_socket_with_a_peer_is_no_listener():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.connect(("127.0.0.1", 9))
+        assert listeners({("udp", sock.getsockname()[1])}) == []
+
+
+def test_another_protocol_is_a_defect_of_the_component(tmp_path):
+    path = tmp_path / "component.toml"
+    path.write_text(TOML.format(port=1, protocol="sctp"))
+    with pytest.raises(ComponentError, match="protocol = sctp: write tcp or udp"):
+        load_component(path)
+
+
+def test_a_unit_that_runs_a_replaced_program_is_outdated(tmp_path, monkeypatch):
+    program = tmp_path / "program"
+    program.write_bytes(open(os.path.realpath(sys.executable), "rb").read())
+    program.chmod(0o755)
+    environment = {**os.environ, "PYTHONHOME": sys.base_prefix}
+    script = "print(flush=True); input()"
+    with subprocess.Popen(
+        [program, "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+    ) as process:
+        process.stdout.readline()
+        states = {
+            "toy.service": {"MainPID": str(process.pid)},
+            "down.service": {"MainPID": "0"},
+            "new.service": {},
+        }
+        monkeypatch.setattr(systemd, "properties", lambda units, *names: states)
+        assert systemd.outdated(list(states)) == []
+        program.rename(tmp_path / "old")
+        (tmp_path / "old").unlink()
+        assert systemd.outdated(list(states)) == ["toy.service"]
+        process.stdin.close()

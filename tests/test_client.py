@@ -113,3 +113,21 @@ def test_a_client_logs_in_again_and_a_wrong_password_is_refused(delta, mail):
     login(known.password)
     with pytest.raises(JsonRpcError):
         login("another-password-of-22c")
+
+
+def test_a_client_that_only_reaches_port_443_sends_and_receives(delta, mail):
+    """The real client with both servers on port 443, told apart by ALPN."""
+    known = mail.account()
+    account = delta.add_account()
+    account.set_config("bot", "1")
+    login = f"dclogin:{known.address}?p={known.password}&v=1&ic=3"
+    servers = f"ih={DOMAIN}&ip=443&is=ssl&sh={DOMAIN}&sp=443&ss=ssl"
+    account.add_transport_from_qr(f"{login}&{servers}")
+    account.bring_online()
+    peer = new_account(delta, "peer")
+    chat = account.secure_join(peer.get_qr_code())
+    account.wait_for_securejoin_joiner_success()
+    chat.send_text("by port 443")
+    receive(peer, "by port 443")
+    (transport,) = account.list_transports()
+    assert (transport["imapPort"], transport["smtpPort"]) == (443, 443)

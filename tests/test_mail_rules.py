@@ -12,33 +12,13 @@ from pathlib import Path
 
 import pytest
 from conftest import DOMAIN
+from lab.messages import cleartext, encrypted
 from lab.shell import wait_for
 
 CORPUS = Path(__file__).resolve().parents[2] / "shared/corpus"
 REFUSED = {"msg-0066", "msg-0067"}
 ENCRYPTION_NEEDED = (523, "Encryption Needed: Invalid Unencrypted Mail")
 IDLE_CLIENTS = 200
-
-
-def cleartext(sender, recipient, subject="hi"):
-    return (
-        f"From: <{sender}>\r\nTo: <{recipient}>\r\nSubject: {subject}\r\n"
-        f"Message-ID: <{time.monotonic_ns()}@x>\r\n\r\nnot encrypted\r\n"
-    ).encode()
-
-
-def encrypted(sender, recipient, subject="[...]", marker=b""):
-    """A syntactically valid PGP/MIME message: one PKESK, one SEIPD."""
-    packets = bytes([0xC1, 3]) + b"abc" + bytes([0xD2, 40]) + (marker + bytes(40))[:40]
-    armor = base64.b64encode(packets).decode()
-    return (
-        f"From: <{sender}>\r\nTo: <{recipient}>\r\nSubject: {subject}\r\n"
-        f"Message-ID: <{time.monotonic_ns()}@x>\r\nMIME-Version: 1.0\r\n"
-        'Content-Type: multipart/encrypted; protocol="application/pgp-encrypted"; boundary="b"\r\n\r\n'
-        "--b\r\nContent-Type: application/pgp-encrypted\r\n\r\nVersion: 1\r\n\r\n"
-        "--b\r\nContent-Type: application/octet-stream\r\n\r\n"
-        f"-----BEGIN PGP MESSAGE-----\r\n\r\n{armor}\r\n-----END PGP MESSAGE-----\r\n\r\n--b--\r\n"
-    ).encode()
 
 
 @pytest.fixture(scope="module")

@@ -171,13 +171,18 @@ class Run:
         points = [line.split()[4] for line in Path("/proc/self/mountinfo").open()]
         return [point for point in points if point.startswith(prefix)]
 
-    def leftovers(self) -> list[str]:
-        """One line for each thing that is still there; empty after an orderly end."""
+    def describe_processes(self) -> list[str]:
+        """One line for each process that is left, with its command line."""
         found = []
         for pid in self.processes():
             with contextlib.suppress(OSError):
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
                 found.append(f"process {pid}: {b' '.join(words).decode(errors='replace').strip()}")
+        return found
+
+    def leftovers(self) -> list[str]:
+        """One line for each thing that is still there; empty after an orderly end."""
+        found = self.describe_processes()
         found += [f"mount {point}" for point in self.mounts()]
         found += [
             f"network namespace {name}"
@@ -207,6 +212,19 @@ class Run:
 
     def destroy(self) -> None:
         """Remove everything of this run, by force; safe to call twice."""
+        self.kill_processes()
+        for point in reversed(self.mounts()):
+            run(["umount", "-l", point], check=False)
+        for name in self.recorded("netns"):
+            if (NETNS / name).exists():
+                run(["ip", "netns", "del", name], check=False)
+        wait_for(self.remove_cgroups, 10, f"removal of the cgroups of run {self.id}")
+        if not self.mounts():
+            shutil.rmtree(self.directory, ignore_errors=True)
+        restore_limits()
+
+    def kill_processes(self) -> None:
+        """Kill all processes of this run; call it while its namespaces still have their names."""
         for path in self._cgroups():
             with contextlib.suppress(FileNotFoundError):
                 if (path / "cgroup.kill").exists():
@@ -215,22 +233,14 @@ class Run:
                     for pid in _members(path):
                         kill_and_wait(pid, signal.SIGKILL, 10)
         for item in self.recorded("pid"):
-            pid, start = item.split()
-            if is_alive(int(pid), start):
-                kill_and_wait(int(pid), signal.SIGKILL, 10)
-        for pid in self.processes():  # in a namespace of ours, but started outside our cgroups
-            kill_and_wait(pid, signal.SIGKILL, 10)
-        for point in reversed(self.mounts()):
-            run(["umount", "-l", point], check=False)
-        for name in self.recorded("netns"):
-            if (NETNS / name).exists():
-                run(["ip", "netns", "del", name], check=False)
-        wait_for(self._remove_cgroups, 10, f"removal of the cgroups of run {self.id}")
-        if not self.mounts():
-            shutil.rmtree(self.directory, ignore_errors=True)
-        restore_limits()
+            number, start = item.split()
+            if is_alive(int(number), start):
+                kill_and_wait(int(number), signal.SIGKILL, 10)
+        for member in self.processes():  # in a namespace of ours, but started outside our cgroups
+            kill_and_wait(member, signal.SIGKILL, 10)
 
-    def _remove_cgroups(self) -> bool:
+    def remove_cgroups(self) -> bool:
+        """Remove the cgroups that have no process; whether all are gone."""
         for path in self._cgroups():
             with contextlib.suppress(OSError):
                 path.rmdir()

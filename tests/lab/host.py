@@ -10,15 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
+import re
+import select
+import shutil
+import signal
+import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from . import image
-from .cleanup import Run
+from .cleanup import Run, kill_and_wait
 from .network import Namespace
-from .shell import CommandFailed, LabError, Result, run, wait_for
+from .shell import LabError, Result, run
 
 ENVIRONMENT = {
     "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
@@ -28,30 +33,32 @@ ENVIRONMENT = {
     "DEBIAN_FRONTEND": "noninteractive",
 }
 BOOT_SECONDS = 60
+STOP_SECONDS = 20
+POWEROFF = signal.SIGRTMIN + 4  # to a systemd manager (systemd(1), Signals); needs no dbus
 
+# `exec` keeps the process id through unshare, sh and systemd-nspawn.
 _BOOT = """
-set -e
-mount --make-rprivate /
-echo $$ >{cgroup}/cgroup.procs
-umount -R /sys/fs/cgroup
-mount -t cgroup2 cgroup2 /sys/fs/cgroup
-exec systemd-nspawn -q -D {root} --boot -M {machine} --register=no --keep-unit \
-    --network-namespace-path={netns} --capability=CAP_NET_ADMIN,CAP_SYS_RESOURCE \
-    --resolv-conf=off --link-journal=no --console=passive \
-    --bind-ro={repo}:{inside_repo} --bind={archives}:/var/cache/apt/archives
+mount --make-rprivate / &&
+echo $$ >"$1/cgroup.procs" &&
+umount -R /sys/fs/cgroup &&
+mount -t cgroup2 cgroup2 /sys/fs/cgroup || exit 1
+shift
+exec systemd-nspawn "$@"
 """
 
 
 class Host:
-    """One container; `start` boots it, `exec` runs commands in it, `stop` ends it."""
+    """One container; `start` boots it, `exec` runs commands in it, `stop` ends and removes it."""
 
     def __init__(self, state: Run, name: str, namespace: Namespace, tree: Path) -> None:
         self.name = name
         self.namespace = namespace
+        self.boot_seconds = 0.0
         self._state = state
         self._tree = tree
         self._folder = state.directory / "hosts" / name
         self.root = self._folder / "root"
+        self._archives = self._folder / "archives"
         self._nspawn: subprocess.Popen[bytes] | None = None
         self._leader = 0
 
@@ -60,60 +67,158 @@ class Host:
         """Its IPv4 address on the lab's bridge."""
         return self.namespace.ipv4
 
+    # -- life ----------------------------------------------------------------------------------
+
     def start(self) -> None:
-        """Boot and wait until systemd has started everything; raises LabError with the console."""
-        for name in ("upper", "work", "root"):
-            (self._folder / name).mkdir(parents=True, exist_ok=True)
-        layers = f"lowerdir={self._tree},upperdir={self._folder}/upper,workdir={self._folder}/work"
-        run(["mount", "-t", "overlay", "-o", layers, f"lab-{self.name}", self.root])
-        (self.root / "etc/hostname").write_text(f"{self.name}\n")
-        (self.root / "etc/hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {self.name}\n")
-        resolv_conf = self.root / "etc/resolv.conf"
-        resolv_conf.unlink(missing_ok=True)
-        resolv_conf.write_text("# the lab's hosts have no resolver but the relay's\n")
-        script = _BOOT.format(
-            cgroup=shlex.quote(str(self._state.new_cgroup(self.name))),
-            root=self.root,
-            machine=self.name,
-            netns=self.namespace.path,
-            repo=image.REPO,
-            inside_repo=image.INSIDE_REPO,
-            archives=image.ARCHIVES,
-        )
-        console = (self._folder / "console.log").open("wb")
-        self._nspawn = subprocess.Popen(
-            ["unshare", "--mount", "sh", "-c", script],
-            stdin=subprocess.DEVNULL,
-            stdout=console,
-            stderr=console,
-            start_new_session=True,
-        )
-        self._state.record_process(self._nspawn.pid)
-        try:
-            self._leader = wait_for(self._find_leader, BOOT_SECONDS, f"boot of {self.name}")
-            state = wait_for(self._system_state, BOOT_SECONDS, f"systemd of {self.name}")
-        except AssertionError as error:
-            text = (self._folder / "console.log").read_text(errors="replace")
-            raise LabError(f"{error}\n{text}") from None
+        """Boot and wait until systemd has started everything; raises LabError with the console.
+
+        The first start makes the disk; a later one, after power_off or kill, keeps it.
+        """
+        begin = time.monotonic()
+        if not self.root.exists():
+            self._overlay(self._tree, self.root)
+            # A view of its own, so that apt's lock on the cache is this host's alone.
+            self._overlay(image.ARCHIVES, self._archives)
+            self._identify()
+        self._boot()
+        state = self.exec("systemctl", "is-system-running", check=False).out.strip()
         if state != "running":
-            raise LabError(self.exec("systemctl", "--failed", "--no-pager").out)
+            raise LabError(f"{self.name} is {state}: " + self.exec("systemctl", "--failed").out)
+        self.boot_seconds = time.monotonic() - begin
 
-    def _find_leader(self) -> int:
+    def _identify(self) -> None:
+        """What makes a machine one of its own."""
+        for name, text in (
+            ("hostname", f"{self.name}\n"),
+            ("hosts", f"127.0.0.1 localhost\n127.0.1.1 {self.name}\n"),
+            ("resolv.conf", "# the lab's hosts have no resolver but the relay's\n"),
+            ("machine-id", os.urandom(16).hex() + "\n"),
+        ):
+            path = self.root / "etc" / name
+            path.unlink(missing_ok=True)
+            path.write_text(text)
+
+    def _overlay(self, lower: Path, target: Path) -> None:
+        """Mount *lower* at *target*, with what is written kept beside it."""
+        upper, work = (target.with_suffix(suffix) for suffix in (".upper", ".work"))
+        for folder in (upper, work, target):
+            folder.mkdir(parents=True, exist_ok=True)
+        layers = f"lowerdir={lower},upperdir={upper},workdir={work}"
+        run(["mount", "-t", "overlay", "-o", layers, f"lab-{self.name}", target])
+
+    def _boot(self) -> None:
+        address, console = self._folder / "notify", self._folder / "console.log"
+        address.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.bind(str(address))
+            nspawn = (
+                *("-q", "-D", str(self.root), "--boot", "-M", f"{self.name}-{self._state.id}"),
+                *("--register=no", "--keep-unit", "--notify-ready=yes", "--console=passive"),
+                f"--network-namespace-path={self.namespace.path}",
+                *("--capability=CAP_NET_ADMIN", "--resolv-conf=off", "--link-journal=no"),
+                f"--bind-ro={image.REPO.resolve()}:{image.INSIDE_REPO}",
+                f"--bind={self._archives}:/var/cache/apt/archives",
+            )
+            cgroup = str(self._state.new_cgroup(self.name))
+            with console.open("ab") as out:
+                self._nspawn = subprocess.Popen(
+                    ["unshare", "--mount", "sh", "-c", _BOOT, "boot", cgroup, *nspawn],
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                    env={"PATH": ENVIRONMENT["PATH"], "NOTIFY_SOCKET": str(address)},
+                    start_new_session=True,
+                )
+            self._state.record_process(self._nspawn.pid)
+            try:
+                self._wait_ready(notify)
+            except LabError as error:
+                self.kill()
+                raise LabError(f"{error}\n{console.read_text(errors='replace')}") from None
+            except BaseException:
+                self.kill()
+                raise
+
+    def _wait_ready(self, notify: socket.socket) -> None:
+        """Read what nspawn passes on of sd_notify(3) until the start is finished."""
         assert self._nspawn is not None
-        if self._nspawn.poll() is not None:
-            raise LabError((self._folder / "console.log").read_text(errors="replace"))
-        pid = self._nspawn.pid
-        ours = os.readlink("/proc/self/ns/pid")
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            # before nspawn there are short-lived children of the script, in our own namespace
-            with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/{child}/ns/pid") != ours:
-                    return int(child)
-        return 0
+        deadline = time.monotonic() + BOOT_SECONDS
+        died = os.pidfd_open(self._nspawn.pid)
+        try:
+            while True:
+                left = max(deadline - time.monotonic(), 0)
+                ready = select.select([notify.fileno(), died], [], [], left)[0]
+                if notify.fileno() in ready:
+                    message = notify.recv(65536).decode(errors="replace")
+                    if match := re.search(r"^X_NSPAWN_LEADER_PID=(\d+)", message, re.MULTILINE):
+                        self._leader = int(match[1])
+                    if re.search(r"^READY=1", message, re.MULTILINE) and self._leader:
+                        return
+                elif died in ready:
+                    raise LabError(f"{self.name} ended while it booted")
+                else:
+                    raise LabError(f"{self.name} did not boot within {BOOT_SECONDS} s")
+        finally:
+            os.close(died)
 
-    def _system_state(self) -> str:
-        said = self.exec("systemctl", "is-system-running", check=False).out.strip()
-        return said if said in ("running", "degraded") else ""
+    @property
+    def running(self) -> bool:
+        """Whether the container runs."""
+        return self._nspawn is not None and self._nspawn.poll() is None
+
+    def power_off(self) -> None:
+        """An orderly shutdown, by force after STOP_SECONDS; the disk stays."""
+        if self._nspawn is not None and self.running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._leader, POWEROFF)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._nspawn.wait(STOP_SECONDS)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the container at once, as if the power failed; the disk stays."""
+        if self._nspawn is None:
+            return
+        if self._leader and self.running:
+            kill_and_wait(self._leader, signal.SIGKILL, STOP_SECONDS)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._nspawn.wait(1 if self._leader else 0)
+        if self.running:
+            self._nspawn.kill()
+        self._nspawn.wait(STOP_SECONDS)
+        self._nspawn, self._leader = None, 0
+
+    def stop(self) -> None:
+        """Power off, and remove the disk."""
+        self.power_off()
+        for target in (self.root, self._archives):
+            if os.path.ismount(target):
+                run(["umount", target])
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    # -- snapshots -----------------------------------------------------------------------------
+
+    def snapshot(self, name: str) -> Path:
+        """Copy what was written to the disk so far (power_off first for consistent files)."""
+        copy = self._state.directory / "hosts" / f"{self.name}.{name}"
+        copy.mkdir()
+        run(["cp", "-a", f"{self.root.with_suffix('.upper')}/.", copy], timeout=300)
+        return copy
+
+    def restore(self, snapshot: Path) -> None:
+        """Back to a snapshot, of this host or another one of the same tree: kill, replace, boot."""
+        self.kill()
+        run(["umount", self.root])
+        upper, work = self.root.with_suffix(".upper"), self.root.with_suffix(".work")
+        shutil.rmtree(upper)
+        shutil.rmtree(work)
+        self._overlay(self._tree, self.root)
+        run(["umount", self.root])  # the copy must not be made below a mounted overlay
+        run(["cp", "-a", f"{snapshot}/.", upper], timeout=300)
+        self._overlay(self._tree, self.root)
+        self._boot()
+
+    # -- commands, files, log --------------------------------------------------------------------
 
     def command(self, *argv: str) -> list[str]:
         """The host machine's command line that runs *argv* inside."""
@@ -148,6 +253,33 @@ class Host:
         where = [f"--namespace={namespace}"] if namespace else []
         return self.exec("journalctl", "--no-pager", "-o", "short", *where, *arguments).out
 
+    def wait_log(
+        self, pattern: str, since: float, namespace: str = "*", timeout: float = 20
+    ) -> str:
+        """Follow the journal until a line of it matches; *since* is a time.time(). Returns the line."""
+        words = ("journalctl", "-q", "-o", "cat", f"--namespace={namespace}", "-f", "--no-tail")
+        follow = subprocess.Popen(
+            self.command(*words, f"--since=@{since:.6f}"),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert follow.stdout is not None
+        seen: list[str] = []
+        try:
+            for line in _lines_until(follow.stdout.fileno(), time.monotonic() + timeout):
+                if re.search(pattern, line):
+                    return line
+                seen.append(line)
+        finally:
+            os.killpg(follow.pid, signal.SIGKILL)
+            follow.wait()
+            follow.stdout.close()
+        last = "\n".join(seen[-15:])
+        raise LabError(
+            f"{self.name}: no {pattern!r} in the log within {timeout:g} s; last:\n{last}"
+        )
+
     def files(self, *folders: str) -> set[str]:
         """The names of all files below *folders*."""
         return set(self.exec("find", *folders, "-xdev", "!", "-type", "d").out.splitlines())
@@ -165,25 +297,6 @@ class Host:
             total[unit] = total.get(unit, 0) + int(size) / 1024
         return total
 
-    def stop(self) -> None:
-        """Power off, by force after 15 seconds, and unmount."""
-        if self._nspawn is None:
-            return
-        if self._leader:
-            try:
-                self.exec("systemctl", "poweroff", check=False, timeout=10)
-            except CommandFailed:
-                pass
-        try:
-            self._nspawn.wait(15)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._leader, 9)
-            self._nspawn.kill()
-            self._nspawn.wait(15)
-        self._nspawn = None
-        run(["umount", self.root])
-
     def install_relay(self, domain: str, timeout: float = 300) -> float:
         """apt-get install chatmail-relay from the signed repository; seconds it took."""
         self.sh(f"cp {image.INSIDE_REPO}/{image.KEYRING_NAME} /usr/share/keyrings/")
@@ -195,3 +308,14 @@ class Host:
         begin = time.monotonic()
         self.sh("apt-get install -q --yes --no-install-recommends chatmail-relay", timeout=timeout)
         return time.monotonic() - begin
+
+
+def _lines_until(fd: int, deadline: float) -> Iterator[str]:
+    """Lines of a pipe as they come, until its end or the deadline."""
+    rest = b""
+    while select.select([fd], [], [], max(deadline - time.monotonic(), 0))[0]:
+        data = os.read(fd, 65536)
+        if not data:
+            return
+        *lines, rest = (rest + data).split(b"\n")
+        yield from (line.decode(errors="replace") for line in lines)

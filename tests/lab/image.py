@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
-from chatmail_build import sandbox, trees  # noqa: E402
+from chatmail_build import cache, sandbox, trees  # noqa: E402
 from chatmail_build.paths import CACHE, REPO  # noqa: E402
 from chatmail_build.repository import KEYRING_NAME  # noqa: E402
 
@@ -33,14 +33,16 @@ Signed-By: /usr/share/keyrings/{KEYRING_NAME}
 
 #: apt asks only our repository: the lists of Debian's are those of the tree, and there is no network.
 ONLY_OURS = "-o Dir::Etc::sourcelist=/etc/apt/sources.list.d/chatmail.sources"
-UPDATE = f"apt-get update -q {ONLY_OURS} -o Dir::Etc::sourceparts=- -o APT::Get::List-Cleanup=0"
+UPDATE = f"apt-get update -qq {ONLY_OURS} -o Dir::Etc::sourceparts=- -o APT::Get::List-Cleanup=0"
 
 _DOWNLOAD = f"""
 install -m 0644 {INSIDE_REPO}/{KEYRING_NAME} /usr/share/keyrings/
 cat >/etc/apt/sources.list.d/chatmail.sources
 {UPDATE}
 # our own packages come from the repository each time
-apt-get install -q --yes --no-install-recommends --download-only chatmail-relay "$@"
+# apt's own lock does not work between pid namespaces; the caller holds one
+apt-get install -qq --yes --no-install-recommends --download-only -o Debug::NoLocking=1 \
+    chatmail-relay "$@" >/dev/null
 rm -f /var/cache/apt/archives/chatmail-*.deb /var/cache/apt/archives/python3-chatmaild_*.deb
 """
 
@@ -55,15 +57,16 @@ def host_tree() -> Iterator[Path]:
 def download(tree: Path, *extra: str) -> None:
     """Fetch all packages that chatmail-relay (and *extra*) need, unless they are cached."""
     (ARCHIVES / "partial").mkdir(parents=True, exist_ok=True)
-    sandbox.run(
-        tree,
-        ["sh", "-euc", _DOWNLOAD, "sh", *extra],
-        binds=[
-            sandbox.Bind(str(REPO), INSIDE_REPO),
-            sandbox.Bind(str(ARCHIVES), "/var/cache/apt/archives", writable=True),
-            sandbox.Bind("/etc/resolv.conf", "/etc/resolv.conf"),
-            sandbox.Bind("/etc/hosts", "/etc/hosts"),
-        ],
-        network=True,
-        input=SOURCES.encode(),
-    )
+    with cache.locked(CACHE / "archives.lock"):
+        sandbox.run(
+            tree,
+            ["sh", "-euc", _DOWNLOAD, "sh", *extra],
+            binds=[
+                sandbox.Bind(str(REPO), INSIDE_REPO),
+                sandbox.Bind(str(ARCHIVES), "/var/cache/apt/archives", writable=True),
+                sandbox.Bind("/etc/resolv.conf", "/etc/resolv.conf"),
+                sandbox.Bind("/etc/hosts", "/etc/hosts"),
+            ],
+            network=True,
+            input=SOURCES.encode(),
+        )

@@ -14,10 +14,11 @@ from .cleanup import Run
 from .dns import NameServer
 from .host import Host
 from .network import Namespace, Network, inside
-from .shell import LabError
+from .shell import LabError, WaitTimeout, run, wait_for
 
 NAME_SERVER = 1  # last number of its address
 CLIENT = 2
+ENOUGH_MEMORY = 4 * 2**30  # bytes
 
 #: unbound of a lab host: no root servers here, so no DNSSEC either; all else is the relay's own.
 UNBOUND = """\
@@ -40,6 +41,7 @@ class Lab:
         self.state = Run.create(purpose)
         self._hosts: list[Host] = []
         try:
+            self._mount_memory()
             self.network = Network(self.state)
             self.dns = NameServer(self.network.attach("dns", NAME_SERVER))
             self.client = self.network.attach("client", CLIENT)
@@ -57,6 +59,14 @@ class Lab:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _mount_memory(self) -> None:
+        """Keep the disks of hosts in memory where there is enough: dpkg's fsync costs nothing."""
+        folder = self.state.directory / "hosts"
+        folder.mkdir()
+        self.in_memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") > ENOUGH_MEMORY
+        if self.in_memory:
+            run(["mount", "-t", "tmpfs", "-o", "mode=755,size=75%", "lab-hosts", folder])
 
     def host(self, name: str, number: int, *, names: tuple[str, ...] = ()) -> Host:
         """Boot a new host at 10.77.0.*number*; *names* get A records that point to it."""
@@ -81,34 +91,50 @@ class Lab:
         with inside(self.client):
             yield self.client
 
+    def place(self, name: str, number: int) -> Namespace:
+        """Another client at 10.77.0.*number*; it reaches the hosts, but no client of this kind."""
+        return self.network.attach(name, number, isolated=True)
+
     def rpc_server(self, folder: Path, program: Path) -> Path:
-        """A wrapper of deltachat-rpc-server that runs it at the client, with the lab's names."""
+        """A wrapper of deltachat-rpc-server that runs it at the client."""
+        return self.wrapper(folder, program)
+
+    def wrapper(self, folder: Path, program: Path, place: Namespace | None = None) -> Path:
+        """A program that runs *program* at a client, with the lab's names; made in *folder*."""
         (folder / "resolv.conf").write_text(f"nameserver {self.dns.address}\n")
         (folder / "hosts").write_text("127.0.0.1 localhost\n")
-        wrapper = folder / "rpc-server"
+        wrapper = folder / f"at-client-{program.name}"
+        cgroup = self.state.new_cgroup("client")
         inner = (
-            "mount --make-rprivate / && "
+            f"echo $$ >{cgroup}/cgroup.procs && mount --make-rprivate / && "
             f"mount --bind {folder}/resolv.conf /etc/resolv.conf && "
-            f"mount --bind {folder}/hosts /etc/hosts && exec {program}"
+            f'mount --bind {folder}/hosts /etc/hosts && exec {program} "$@"'
         )
+        net = (place or self.client).path
         wrapper.write_text(
-            f"#!/bin/sh\nexec nsenter --net={self.client.path} unshare --mount sh -c '{inner}'\n"
+            f"#!/bin/sh\nexec nsenter --net={net} unshare --mount sh -c '{inner}' sh \"$@\"\n"
         )
         wrapper.chmod(0o755)
         return wrapper
 
     def close(self) -> None:
         """Stop everything in order, then make sure that nothing is left; raises LabError if it is."""
+        left: list[str] = []
         try:
             for host in reversed(self._hosts):
+                host.kill()  # nobody looks at these disks again
                 host.stop()
             self.dns.close()
-            # processes are found by their namespaces, so before these go
-            left = [line for line in self.state.leftovers() if line.startswith("process")]
+            # Asked first: once a namespace has lost its name, nothing tells who is inside.
+            left += self.state.describe_processes()
+            self.state.kill_processes()
             for name in self.state.recorded("netns"):
                 if os.path.exists(f"/run/netns/{name}"):
                     self.network.detach(Namespace(name))
-            self.state._remove_cgroups()
+            if self.in_memory:
+                run(["umount", self.state.directory / "hosts"])
+            with contextlib.suppress(WaitTimeout):  # a killed container's processes end a bit later
+                wait_for(self.state.remove_cgroups, 5)
             left += self.state.leftovers()
         finally:
             self.state.destroy()

@@ -8,7 +8,7 @@ import secrets
 import smtplib
 import socket
 import ssl
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .lab import Lab
@@ -127,9 +127,15 @@ class Mail:
             session.select("INBOX", readonly=True)
             _status, data = session.search(None, "ALL")
             numbers = data[0].split()
-            return [session.fetch(n.decode(), "(BODY.PEEK[])")[1][0][1] for n in numbers]
+            return [_body(session.fetch(n.decode(), "(BODY.PEEK[])")[1]) for n in numbers]
         finally:
             session.logout()
+
+
+def _body(answer: Sequence[bytes | tuple[bytes, bytes] | None]) -> bytes:
+    """The literal of a FETCH answer."""
+    (literal,) = (part[1] for part in answer if isinstance(part, tuple))
+    return literal
 
 
 def _reply(session: smtplib.SMTP, code: int, text: bytes) -> tuple[int, str]:

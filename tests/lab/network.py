@@ -97,8 +97,11 @@ class Network:
         run([*ip, "add", "br0", "type", "bridge"])
         run([*ip, "set", "br0", "up"])
 
-    def attach(self, name: str, number: int) -> Namespace:
-        """A namespace NAME with 10.77.0.`number`/24 and fd77::`number`/64 on the bridge."""
+    def attach(self, name: str, number: int, *, isolated: bool = False) -> Namespace:
+        """A namespace NAME with 10.77.0.`number`/24 and fd77::`number`/64 on the bridge.
+
+        Those that are `isolated` reach all others, but not each other.
+        """
         namespace = self._namespace(name, IPV4.format(number), IPV6.format(number))
         port = f"p-{name}"[:15]
         run(
@@ -111,7 +114,10 @@ class Network:
             link set host0 up
         """,
         )
-        run(["ip", "-n", self.switch.name, "link", "set", port, "master", "br0", "up"])
+        link = ["ip", "-n", self.switch.name, "link", "set", port]
+        run([*link, "master", "br0", "up"])
+        if isolated:
+            run([*link, "type", "bridge_slave", "isolated", "on"])
         return namespace
 
     def detach(self, namespace: Namespace) -> None:

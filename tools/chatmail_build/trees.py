@@ -34,7 +34,7 @@ TOOLS = """
     dpkg-dev gettext git gnupg lintian man-db mypy po-debconf procps pybuild-plugin-pyproject python3
     python3-all python3-cryptography python3-debian python3-dkim python3-dnspython python3-hypothesis
     python3-jinja2 python3-levenshtein python3-lsprotocol python3-markdown python3-nacl python3-pygls
-    python3-pytest reprepro shellcheck systemd yamllint
+    python3-pytest python3-segno reprepro shellcheck systemd yamllint
 """.split()
 
 
@@ -55,10 +55,14 @@ HOST = """
     apt-utils ca-certificates dbus debconf iproute2 libpam-systemd procps systemd systemd-sysv
 """.split()
 
+#: The browser that tests look at web pages with.
+BROWSER = ["chromium", "fonts-liberation"]
+
 RECIPES = {
     "build": Recipe("build", "buildd", ("debhelper",), (ROOT, ROOT / "reprepro/keyring")),
     "tools": Recipe("tools", "apt", tuple(TOOLS)),
     "host": Recipe("host", "minbase", tuple(HOST), builder=False),
+    "browser": Recipe("browser", "minbase", tuple(BROWSER)),
 }
 
 

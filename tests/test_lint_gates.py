@@ -103,6 +103,7 @@ def base(top):
     for package in ("packages/chatmaild/src/chatmaild", "packages/chatmail-relay/chatmail_relay"):
         write(top, f"{package}/__init__.py", SPDX)
     write(top, "tools/chatmail_build/__init__.py", SPDX)
+    write(top, "tests/lab/__init__.py", SPDX)
     write(top, "tools/ok", f"#!/bin/sh\n{SPDX}true\n")
     write(top, "debian/control", CONTROL)
     for name in ("debian/changelog", "debian/copyright", "debian/rules"):

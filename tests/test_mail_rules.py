@@ -302,7 +302,7 @@ def test_the_web_site_behind_tls(mail, lab):
         return response.status, response.read().decode()
 
     status, page = get("/")
-    assert status == 200 and f"DCACCOUNT:{DOMAIN}" in page
+    assert status == 200 and f"dcaccount:{DOMAIN}" in page
     status, xml = get("/.well-known/autoconfig/mail/config-v1.1.xml")
     assert status == 200 and xml.count("<hostname>" + DOMAIN) == 6
     status, text = get("/new", "POST")

@@ -15,12 +15,20 @@ def activate(unit: str, action: str) -> str | None:
 
     A reload must not start a unit that the administrator stopped or disabled, and only `restart`
     is checked for that by deb-systemd-invoke: hence try-reload-or-restart. A unit whose package is
-    gone, and which may still run, is stopped.
+    gone, and which may still run, is stopped. A socket's service is stopped with it, and comes back
+    with the next connection: systemd refuses to start a socket while its service runs.
     """
-    if properties([unit], "LoadState").get(unit, {}).get("LoadState") == "not-found":
+    state = properties([unit], "LoadState", "ActiveState").get(unit, {})
+    if state.get("LoadState") == "not-found":
         subprocess.run(["systemctl", "stop", unit], capture_output=True, timeout=300)
         return None
     verb = "restart" if action == "restart" else "try-reload-or-restart"
+    if unit.endswith(".socket"):
+        if verb != "restart" and state.get("ActiveState") != "active":
+            return None
+        service = f"{unit.removesuffix('.socket')}.service"
+        subprocess.run(["systemctl", "stop", unit, service], capture_output=True, timeout=300)
+        verb = "restart"
     # a daemon that could not start with its old configuration has met systemd's start limit
     subprocess.run(["systemctl", "reset-failed", unit], capture_output=True, timeout=60)
     try:

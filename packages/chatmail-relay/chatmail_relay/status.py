@@ -126,7 +126,11 @@ def _units(components: list[Component]) -> Iterator[Finding]:
         resting = active == "inactive" and f"{unit.rsplit('.', 1)[0]}.socket" in states
         yield Finding(f"unit {unit}", active == "active" or resting, detail, remedy)
     yield from _sockets(
-        {name: unit for unit in units for name in states.get(unit, {}).get("TriggeredBy", "").split()}
+        {
+            name: unit
+            for unit in units
+            for name in states.get(unit, {}).get("TriggeredBy", "").split()
+        }
     )
     for unit in runs:
         result = states.get(unit, {}).get("Result", "unknown")

@@ -77,7 +77,10 @@ def test_diff_tells_programs_of_files_keys_and_units(root, capsys):
     assert diff() == (0, {"changes": [], "pending": {}, "secrets": []})
 
 
-def test_status_with_an_invalid_setting_is_json_and_still_tells_of_the_units(root, capsys):
+def test_status_with_an_invalid_setting_is_json_and_still_tells_of_the_units(
+    root, capsys, monkeypatch
+):
+    monkeypatch.setattr(systemd, "properties", lambda units, *names: {})
     configured(root)
     with (root / "etc/chatmail/chatmail.ini").open("a") as file:
         file.write("tls = magic\n")

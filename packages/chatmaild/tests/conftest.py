@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for mailstore.py
+sys.path.insert(0, str(Path(__file__).parent))  # for mailstore.py, pushsink.py
 
 # the passed sockets become descriptors 3, 4, ... as sd_listen_fds(3) wants them; then PATCH and main()
 BOOT = """

@@ -263,7 +263,11 @@ def test_check_names_what_is_wrong_with_the_versions_of_apps(root, capsys):
     file = root / "etc/chatmail/appversions.json"
     for content, status, said in [
         ('{"clients": []}', 0, f"ok  app versions: {file} is valid"),
-        ('{"clients": 1}', 1, f"BAD app versions: {file}: clients is not a list; clients are told none"),
+        (
+            '{"clients": 1}',
+            1,
+            f"BAD app versions: {file}: clients is not a list; clients are told none",
+        ),
     ]:
         file.write_text(content)
         capsys.readouterr()

@@ -98,9 +98,12 @@ def test_a_folder_in_its_place_is_named(file):
         read(file)
 
 
-@given(st.binary() | st.recursive(st.text() | st.integers() | st.none(), st.lists).map(
-    lambda value: json.dumps({"clients": value}).encode()
-))
+@given(
+    st.binary()
+    | st.recursive(st.text() | st.integers() | st.none(), st.lists).map(
+        lambda value: json.dumps({"clients": value}).encode()
+    )
+)
 def test_any_content_is_valid_or_named(tmp_path_factory, content):
     file = tmp_path_factory.mktemp("any") / "file"
     file.write_bytes(content)

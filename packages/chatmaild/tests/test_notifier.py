@@ -176,7 +176,8 @@ def start(start_service, tokens, tmp_path):
     """Start the service with a URL of a notification server."""
 
     def start(url, patch="", ini=""):
-        place = f"from pathlib import Path; service.QUEUE = Path({str(tmp_path)!r}) / 'queue.sqlite'\n"
+        queue = str(tmp_path / "queue.sqlite")
+        place = f"from pathlib import Path; service.QUEUE = Path({queue!r})\n"
         names = ["metadata", "lastlogin", "events", "metrics"]
         ini = f"notification_url = {url}\n{ini}"
         return Process(start_service("chatmaild.metadata", names, ini, place + patch))

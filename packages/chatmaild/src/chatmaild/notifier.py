@@ -179,7 +179,7 @@ class NotificationServer:
             raise Failure("protocol", f"{type(error).__name__}: {error}") from error
 
     async def _request(self, pool: httpcore.AsyncConnectionPool, token: str) -> int:
-        headers = {"Content-Type": "application/octet-stream", "User-Agent": "chatmail"}
+        headers = [("Content-Type", "application/octet-stream"), ("User-Agent", "chatmail-relay")]
         limits = {"connect": REQUEST_SECONDS, "read": REQUEST_SECONDS, "write": REQUEST_SECONDS}
         async with pool.stream(
             "POST",
@@ -201,16 +201,14 @@ class NotificationServer:
 
         import httpcore
 
-        settings = {
+        return httpcore.AsyncConnectionPool(
             # certificates as Debian's own programs trust them; read one by one when needed
-            "ssl_context": ssl.create_default_context(),
-            "max_connections": FIRST_REQUESTS + LATER_REQUESTS,
-            "max_keepalive_connections": KEEP_ALIVE,
-            "keepalive_expiry": KEEP_ALIVE_SECONDS,
-        }
-        if self._proxy:
-            return httpcore.AsyncHTTPProxy(self._proxy, **settings)
-        return httpcore.AsyncConnectionPool(**settings)
+            ssl_context=ssl.create_default_context(),
+            proxy=httpcore.Proxy(self._proxy) if self._proxy else None,
+            max_connections=FIRST_REQUESTS + LATER_REQUESTS,
+            max_keepalive_connections=KEEP_ALIVE,
+            keepalive_expiry=KEEP_ALIVE_SECONDS,
+        )
 
 
 # --- the shell --------------------------------------------------------------------------------------
@@ -382,7 +380,7 @@ class Notifier:
         except Failure as error:
             result, said = str(error.args[0]), str(error.args[1])
         except Exception as error:  # a defect of the library is no reason to stop
-            result, said = "error", f"{type(error).__name__}"
+            result, said = "error", f"{type(error).__name__}: {error}"
         if result not in ("200", "410"):
             self._warn("request", "Notification request failed, will try again: %s", said or result)
         return result

@@ -148,7 +148,9 @@ class LastLogin:
 
 async def serve(config: Config) -> None:
     """Serve all sockets until cancelled."""
-    sockets = listen_sockets("metadata", "lastlogin", "events", optional=("metrics",))
+    sockets = listen_sockets(
+        "metadata", "lastlogin", "events", optional=("metrics",), kept=notifier.KEPT
+    )
     await metrics.start_server(sockets)
     store = MailStore(config.mailboxes_dir)
     tokens = DeviceTokens(store)
@@ -164,7 +166,8 @@ async def serve(config: Config) -> None:
     if config.notification_url:
         server = notifier.NotificationServer(config.notification_url, config.notification_proxy)
         push = notifier.Notifier(tokens, server, Queue(QUEUE))
-        events = await notifier.start_server(push, sockets["events"])
+        kept = [sockets[name] for name in sockets if name.startswith(notifier.KEPT)]
+        events = await notifier.start_server(push, sockets["events"], kept)
         work += [events.serve_forever(), push.serve(store.path / LEGACY_QUEUE)]
     notify("READY=1")
     await asyncio.gather(*work)

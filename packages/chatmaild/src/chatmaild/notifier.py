@@ -26,13 +26,14 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from chatmaild import metrics
+from chatmaild.activation import keep
 from chatmaild.devicetokens import DeviceTokens, is_token
 from chatmaild.pushqueue import Notification, Queue
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 MAX_LINE = 1 << 17  # bytes; Postfix' header_size_limit is 102400, and the From field is in the line
 MAX_CONNECTIONS = 16  # Dovecot's stats process holds one
+KEPT = "delivery"  # name of a connection that systemd holds for us
 READ_SIZE = 1 << 16
 
 FIRST_REQUESTS = 48  # at a time
@@ -259,13 +261,20 @@ class Notifier:
 
     # -- what Dovecot says ---------------------------------------------------------------------
 
-    async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Take the events of one connection, to its end."""
+    async def connected(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, kept: bool = False
+    ) -> None:
+        """Take the events of one connection, to its end.
+
+        Dovecot loses an event when it finds a connection closed, so systemd holds it while we do not.
+        """
         self._connections += 1
         try:
             if self._connections > MAX_CONNECTIONS:
                 self._warn("connections", "events: more than %d connections", MAX_CONNECTIONS)
                 return
+            if not kept:
+                keep(writer.get_extra_info("socket").fileno(), KEPT)
             events = EventReader()
             while data := await reader.read(READ_SIZE):
                 await self.deliveries(list(events.receive(data)))
@@ -354,7 +363,11 @@ class Notifier:
         loop = asyncio.get_running_loop()
         limit = asyncio.timeout(self._request_seconds)
         lane.flights[item.number] = _Flight(loop.time(), limit)
-        task = loop.create_task(self._try(lane, item, limit))
+        self.start(self._try(lane, item, limit))
+
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do *work* beside all else; it is cancelled when `serve` is."""
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -456,6 +469,11 @@ def _read_file(path: Path) -> tuple[str, float, str]:
     return "", 0.0, ""
 
 
-async def start_server(notifier: Notifier, sock: socket.socket) -> asyncio.Server:
-    """Take Dovecot's events on a listening unix socket."""
+async def start_server(
+    notifier: Notifier, sock: socket.socket, kept: Iterable[socket.socket] = ()
+) -> asyncio.Server:
+    """Take Dovecot's events on a listening unix socket, and on connections kept from before."""
+    for connection in kept:
+        reader, writer = await asyncio.open_connection(sock=connection, limit=READ_SIZE)
+        notifier.start(notifier.connected(reader, writer, kept=True))
     return await asyncio.start_server(notifier.connected, sock=sock, limit=READ_SIZE)

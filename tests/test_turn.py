@@ -11,12 +11,13 @@ import threading
 import time
 
 import pytest
-from conftest import measured
+from conftest import DOMAIN, measured, new_account
 from lab.shell import run
 
 UNIT = "chatmail-turn.service"
 SECRET = "/var/lib/chatmail/keys/turn/secret"
 DAYS = 5 * 86400  # seconds
+KEY = "/shared/vendor/deltachat/turn"
 PEER = "11.77.0.2"  # an address of the internet, as far as the lab's hosts know
 PEER_PORT = 3480
 DENIED = ("127.0.0.1", "0.0.0.0", "10.77.0.11", "10.77.0.2", "172.16.0.1", "192.168.1.1")
@@ -35,6 +36,12 @@ def credentials(secret, valid_for=DAYS):
 @pytest.fixture(scope="module")
 def good(relay):
     return credentials(relay.read(SECRET))
+
+
+@pytest.fixture
+def told(mail):
+    """Host, port, name and password as the relay tells them a client."""
+    return mail.metadata(mail.account(), KEY).split(":")
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +91,42 @@ def turn(lab, relay):
 def test_credentials_of_the_relay_are_accepted_and_data_is_relayed(turn, peer, good):
     said = turn(good, peer, "-n", "2", "-m", "1")
     assert "tot_send_msgs=2, tot_recv_msgs=2" in said, said
+
+
+def test_clients_are_told_credentials_that_are_accepted(turn, peer, told):
+    host, port, name, password = told
+    assert (host, port) == (DOMAIN, "3478")
+    assert DAYS - 60 < int(name) - time.time() <= DAYS
+    said = turn((name, password), peer, "-n", "1", "-m", "1")
+    assert "tot_send_msgs=1, tot_recv_msgs=1" in said, said
+
+
+def test_a_real_client_offers_them_to_its_calls(delta, relay):
+    servers = new_account(delta, "caller").ice_servers()
+    ours = [server for server in servers if server.get("credential")]
+    assert ours, servers
+    name, secret = ours[0]["username"], relay.read(SECRET)
+    made = hmac.new(secret.encode(), name.encode(), hashlib.sha1).digest()
+    assert ours[0]["credential"] == base64.b64encode(made).decode()
+    assert any(url.startswith(f"turn:{relay.address}:3478") for url in ours[0]["urls"]), servers
+
+
+def test_a_new_secret_is_in_force_after_a_restart(turn, peer, mail, relay):
+    old = relay.read(SECRET)
+    try:
+        for secret in ("a-new-secret", ""):
+            relay.exec("sh", "-c", f"printf %s '{secret}' >{SECRET}")
+            relay.exec("systemctl", "restart", "chatmail-metadata.service")
+            if not secret:
+                assert mail.metadata(mail.account(), KEY) is None
+                break
+            relay.exec("systemctl", "restart", UNIT)
+            name, password = mail.metadata(mail.account(), KEY).split(":")[2:]
+            said = turn((name, password), peer, "-n", "1", "-m", "1")
+            assert "tot_send_msgs=1, tot_recv_msgs=1" in said, said
+    finally:
+        relay.exec("sh", "-c", f"printf %s '{old}' >{SECRET}")
+        relay.exec("systemctl", "restart", UNIT, "chatmail-metadata.service")
 
 
 def test_over_ipv6_too(turn, peer, good, relay):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import imaplib
+import re
 import secrets
 import smtplib
 import socket
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from .lab import Lab
 
 TIMEOUT = 30  # seconds
+for _command in ("GETMETADATA", "SETMETADATA"):
+    imaplib.Commands.setdefault(_command, ("AUTH", "SELECTED"))
 PASSWORD = "a-password-of-22-chars"
 
 
@@ -101,6 +104,35 @@ class Mail:
         if account is not None:
             session.login(account.address, account.password)
         return session
+
+    def metadata(self, account: Account, key: str, mailbox: str = '""') -> str | None:
+        """An annotation (RFC 5464) as *account* sees it, None for NIL."""
+        session = self.imap(account)
+        try:
+            session.select("INBOX", readonly=True)
+            status, said = session._simple_command("GETMETADATA", mailbox, f"({key})")
+            assert status == "OK", said
+            _status, data = session._untagged_response("OK", [None], "METADATA")
+        finally:
+            session.logout()
+        for item in data:
+            if isinstance(item, tuple):  # a literal
+                return item[1].decode()
+            found = re.search(r' (?:"(.*)"|NIL)\)\Z', (item or b"").decode())
+            if found:
+                return found[1]
+        return None
+
+    def set_token(self, account: Account, token: str) -> None:
+        """What a device does at each login: tell its token for notifications."""
+        session = self.imap(account)
+        try:
+            session.select("INBOX")
+            words = ("SETMETADATA", "INBOX", f'(/private/devicetoken "{token}")')
+            status, said = session._simple_command(*words)
+            assert status == "OK", said
+        finally:
+            session.logout()
 
     def send(
         self,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from chatmaild import appversions
 from chatmaild.config import Config, ConfigError, read_settings
 from cryptography import x509
 
@@ -58,6 +59,7 @@ def check(paths: Paths, version: str) -> list[Finding]:
         )
     if not changes:
         findings.append(Finding("files", True, "all as rendered"))
+    findings += _app_versions(paths)
     for path in overrides(paths, plan.components):
         findings.append(Finding("override", True, f"{path} is in force"))
     if paths.is_live:
@@ -71,6 +73,17 @@ def check(paths: Paths, version: str) -> list[Finding]:
                 )
     findings += _limits(paths, plan, version)
     return findings
+
+
+def _app_versions(paths: Paths) -> Iterator[Finding]:
+    path = paths.real(str(appversions.PATH))
+    try:
+        told = appversions.read(path)
+    except appversions.Invalid as error:
+        yield Finding("app versions", False, str(error), "clients are told none until it is right")
+    else:
+        if told is not None:
+            yield Finding("app versions", True, f"{path} is valid")
 
 
 def status(paths: Paths, version: str) -> list[Finding]:

@@ -283,3 +283,21 @@ def test_get_prints_values_in_force(root, capsys):
     assert run(root, "get", "nothing") == 1
     run(root, "get", "--json")
     assert json.loads(capsys.readouterr().out)["mail_domain"] == "_alpha.example"
+
+
+def test_check_names_what_is_wrong_with_the_versions_of_apps(root, capsys):
+    configured(root)
+    assert run(root, "check") == 0
+    file = root / "etc/chatmail/appversions.json"
+    for content, status, said in [
+        ('{"clients": []}', 0, f"ok  app versions: {file} is valid"),
+        (
+            '{"clients": 1}',
+            1,
+            f"BAD app versions: {file}: clients is not a list; clients are told none",
+        ),
+    ]:
+        file.write_text(content)
+        capsys.readouterr()
+        assert run(root, "check") == status
+        assert said in capsys.readouterr().out

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for mailstore.py
+sys.path.insert(0, str(Path(__file__).parent))  # for mailstore.py, pushsink.py
 
 # the passed sockets become descriptors 3, 4, ... as sd_listen_fds(3) wants them; then PATCH and main()
 BOOT = """
@@ -30,27 +30,45 @@ class Service:
 
     def __init__(self, directory, module, names, ini, patch):
         self.paths = {name: str(directory / f"{name}.socket") for name in names}
-        listening = []
+        self._listening = []
         for path in self.paths.values():
-            listening.append(socket.socket(socket.AF_UNIX))
-            listening[-1].bind(path)
-            listening[-1].listen(1000)
+            self._listening.append(socket.socket(socket.AF_UNIX))
+            self._listening[-1].bind(path)
+            self._listening[-1].listen(1000)
         self.log_path = directory / "log"
-        numbers = [item.fileno() for item in listening]
+        self._words = [module, patch, str(ini)]
+        self.process = self._start()
+
+    def _start(self):
+        numbers = [item.fileno() for item in self._listening]
         environment = {
             **os.environ,
-            "LISTEN_FDS": str(len(names)),
-            "LISTEN_FDNAMES": ":".join(names),
+            "LISTEN_FDS": str(len(numbers)),
+            "LISTEN_FDNAMES": ":".join(self.paths),
         }
         environment.pop("LISTEN_PID", None)
-        with open(self.log_path, "wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", BOOT, module, patch, str(ini), *map(str, numbers)],
+        with open(self.log_path, "ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-c", BOOT, *self._words, *map(str, numbers)],
                 pass_fds=numbers,
                 env=environment,
                 stderr=log,
             )
-        for item in listening:
+
+    def restart(self):
+        """Kill the process with SIGKILL and start another; the sockets stay, as with systemd."""
+        self.kill()
+        self.process = self._start()
+
+    def kill(self):
+        """End the process as no program can prepare for."""
+        self.process.kill()
+        self.process.wait()
+
+    def close(self):
+        """End the process and its sockets."""
+        self.kill()
+        for item in self._listening:
             item.close()
 
     def connect(self, name):
@@ -89,8 +107,7 @@ def _starter(directory):
 
     yield start
     for service in started:
-        service.process.kill()
-        service.process.wait()
+        service.close()
 
 
 @pytest.fixture

@@ -47,6 +47,16 @@ def test_the_own_iroh_relay_is_announced_unless_another_or_none_is_wanted(text, 
 
 
 @pytest.mark.parametrize(
+    "url", ["", "https://push.example.org:8443/x", "http://127.0.0.1:8080/n", "http://[::1]/"]
+)
+def test_notifications_go_encrypted_or_to_loopback_or_nowhere(url):
+    assert read(DOMAIN + f"notification_url = {url}")[0].notification_url == url
+    assert read(DOMAIN)[0].notification_url == "https://notifications.delta.chat/notify"
+    proxy = "notification_proxy = http://[2001:db8::1]:3128"
+    assert read(DOMAIN + proxy)[0].notification_proxy == "http://[2001:db8::1]:3128"
+
+
+@pytest.mark.parametrize(
     ("key", "value", "message"),
     [
         ("mail_domain", "chat", "not a full domain name"),
@@ -78,6 +88,14 @@ def test_the_own_iroh_relay_is_announced_unless_another_or_none_is_wanted(text, 
         ("mailboxes_dir", "/x/../etc", "not a plain absolute path"),
         ("iroh_relay", "ftp://x", "not a URL"),
         ("dkim_selector", "a.b", "not a DKIM selector"),
+        ("notification_url", "ftp://x/", "not a URL"),
+        ("notification_url", "https://x:99999/", "not a URL"),
+        ("notification_url", "https://user:x@example.org/", "not a URL"),
+        ("notification_url", "http://example.org/notify", "not encrypted"),
+        ("notification_url", "http://127.0.0.1.example.org/", "not encrypted"),
+        ("notification_proxy", "https://x:3128", "not an HTTP proxy"),
+        ("notification_proxy", "http://x", "not an HTTP proxy"),
+        ("notification_proxy", "http://x:0", "not an HTTP proxy"),
         ("turn_port_range", "50000", "not a range of ports"),
         ("turn_port_range", "80-90", "not a range of ports"),
         ("turn_port_range", "50001-50000", "not a range of ports"),

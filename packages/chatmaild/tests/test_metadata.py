@@ -1,28 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""chatmail-metadata: device tokens, server keys, last login; and the process on its sockets."""
+"""chatmail-metadata: server keys, last login; and the process on its sockets."""
 
-import json
+import base64
+import hashlib
+import hmac
 import os
+import threading
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chatmaild import metadata
 from chatmaild.dictproxy import Refused
-from chatmaild.metadata import LastLogin, Tokens
+from chatmaild.metadata import TURN_SECONDS, LastLogin, Turn
 from chatmaild.users import DAY, MailStore
 
 ALICE = "alice1234@chat.example"
 NOW = 1_800_000_000
 SHARED = "shared/0123abcd/vendor/vendor.dovecot/pvt/server/vendor/deltachat/"
-
-
-class Clock:
-    now = NOW
-
-    def __call__(self):
-        return self.now
 
 
 @pytest.fixture
@@ -32,96 +28,17 @@ def store(tmp_path):
     return store
 
 
-@pytest.fixture
-def clock():
-    return Clock()
+def test_turn_credentials_are_those_of_the_rest_api():
+    value = Turn("chat.example", b"north", lambda: NOW + 0.9).value()
+    host, port, name, password = value.split(":")
+    assert (host, port, name) == ("chat.example", "3478", str(NOW + TURN_SECONDS))
+    digest = hmac.new(b"north", name.encode(), hashlib.sha1).digest()
+    assert base64.b64decode(password) == digest
+    assert TURN_SECONDS == 5 * DAY
 
 
-@pytest.fixture
-def tokens(store, clock):
-    return Tokens(store, clock)
-
-
-@pytest.fixture
-def file(store):
-    return store.mailbox_path(ALICE) / "metadata.json"
-
-
-def test_tokens_are_added_in_order_and_once(tokens, file):
-    for token in ["b", "a", "b"]:
-        tokens.add(ALICE, token)
-    assert tokens.get(ALICE) == ["b", "a"]
-    assert json.loads(file.read_text()) == {"devicetoken": {"b": NOW, "a": NOW}}
-
-
-def test_a_token_is_valid_for_90_days_from_its_last_set(tokens, clock):
-    tokens.add(ALICE, "a")
-    tokens.add(ALICE, "b")
-    clock.now = NOW + 50 * DAY
-    tokens.add(ALICE, "a")
-    clock.now = NOW + 91 * DAY
-    assert tokens.get(ALICE) == ["a"]
-    clock.now = NOW + 141 * DAY
-    assert tokens.get(ALICE) == []
-
-
-def test_a_token_from_the_future_is_not_valid(tokens, clock):
-    tokens.add(ALICE, "a")
-    clock.now = NOW - 60
-    assert tokens.get(ALICE) == ["a"]
-    clock.now = NOW - 61
-    assert tokens.get(ALICE) == []
-
-
-def test_the_list_of_old_relays_is_read_and_rewritten(tokens, file):
-    file.write_text('{"devicetoken": ["x", "y"], "other": 1}')
-    assert tokens.get(ALICE) == ["x", "y"]
-    tokens.add(ALICE, "z")
-    data = json.loads(file.read_text())
-    assert data == {"devicetoken": {"x": NOW, "y": NOW, "z": NOW}, "other": 1}
-
-
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"devicetoken": 3}', '{"devicetoken": {"a": "b"}}']
-)
-def test_a_damaged_file_starts_anew(tokens, file, content):
-    file.write_text(content)
-    assert tokens.get(ALICE) == []
-    tokens.add(ALICE, "a")
-    assert tokens.get(ALICE) == ["a"]
-
-
-def test_the_oldest_of_too_many_tokens_gives_way(tokens, clock):
-    for number in range(metadata.MAX_TOKENS + 1):
-        clock.now = NOW + number
-        tokens.add(ALICE, str(number))
-    assert tokens.get(ALICE) == [str(number) for number in range(1, metadata.MAX_TOKENS + 1)]
-
-
-@pytest.mark.parametrize("token", ["", "a b", "a\n", "é", "x" * 4097])
-def test_what_is_no_token_is_refused(tokens, file, token):
-    with pytest.raises(Refused):
-        tokens.add(ALICE, token)
-    assert not file.exists()
-
-
-@pytest.mark.parametrize("user", ["nobody123@chat.example", "../x@y", ""])
-def test_a_token_of_nobody_is_refused(tokens, user):
-    with pytest.raises(Refused):
-        tokens.add(user, "a")
-    assert tokens.get(user) == []
-
-
-def test_a_write_that_fails_keeps_the_old_tokens(tokens, monkeypatch):
-    tokens.add(ALICE, "a")
-
-    def broken(_file):
-        raise OSError("disk")
-
-    monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(OSError):
-        tokens.add(ALICE, "b")
-    assert tokens.get(ALICE) == ["a"]
+def test_without_a_secret_there_are_no_turn_credentials():
+    assert Turn("chat.example", b"").value() is None
 
 
 @settings(deadline=None)
@@ -136,9 +53,37 @@ def test_any_key_and_value_is_a_login_or_refused(key, value):
 
 
 @pytest.fixture
-def service(start_service, store):
-    ini = "iroh_relay = https://iroh.example"
-    return start_service("chatmaild.metadata", ["metadata", "lastlogin"], ini)
+def credentials(tmp_path, monkeypatch):
+    """What systemd's LoadCredential= is to a service."""
+    (tmp_path / "credentials").mkdir()
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path / "credentials"))
+    return tmp_path / "credentials"
+
+
+@pytest.fixture
+def start(start_service, store, credentials, tmp_path):
+    """Start the service, with more settings, and code that runs before it."""
+
+    def start(ini="iroh_relay = https://iroh.example", patch=""):
+        places = (
+            "from pathlib import Path; from chatmaild import appversions\n"
+            f"service.QUEUE = Path({str(tmp_path / 'queue.sqlite')!r})\n"
+            "service.AppVersions = lambda: appversions.AppVersions("
+            f"Path({str(tmp_path / 'appversions.json')!r}))\n"
+        )
+        names = ["metadata", "lastlogin", "events"]
+        return start_service("chatmaild.metadata", names, ini, places + patch)
+
+    return start
+
+
+@pytest.fixture
+def service(start):
+    return start()
+
+
+def lookup(service, name):
+    return service.ask("metadata", f"L{SHARED}{name}\t{ALICE}\n".encode()).decode()
 
 
 def test_server_keys_are_answered(service):
@@ -196,3 +141,49 @@ def test_a_login_of_nobody_is_no_error_and_nonsense_is_one(service, user, when, 
 def test_an_endless_line_ends_only_its_own_connection(service):
     assert service.ask("metadata", b"L" + b"x" * 100_000) == b""
     assert service.ask("metadata", f"L{SHARED}maxsmtprecipients\t\n".encode()) == b"O1000\n"
+
+
+def test_turn_credentials_come_from_the_secret_that_systemd_passes(start, credentials):
+    (credentials / "turn_secret").write_text("north")
+    begin = int(time.time())
+    service = start()
+    host, port, name, password = lookup(service, "turn")[1:-1].split(":")
+    assert (host, port) == ("chat.example", "3478")
+    assert begin <= int(name) - TURN_SECONDS <= time.time()
+    made = hmac.new(b"north", name.encode(), hashlib.sha1).digest()
+    assert base64.b64decode(password) == made
+    (credentials / "turn_secret").write_text("south")
+    service.restart()
+    name, password = lookup(service, "turn")[1:-1].split(":")[2:]
+    assert base64.b64decode(password) == hmac.new(b"south", name.encode(), hashlib.sha1).digest()
+
+
+def test_app_versions_follow_the_file_without_a_restart(service, tmp_path):
+    file = tmp_path / "appversions.json"
+    assert lookup(service, "appversions") == "N\n"
+    file.write_text('{\n "clients": []\n}\n')
+    assert lookup(service, "appversions") == 'O{"clients":[]}\n'
+    file.write_text('{\n "clients": [}\n')
+    assert lookup(service, "appversions") == "N\n"
+    assert f"{file}:2: no JSON" in service.log
+    assert lookup(service, "appversions") == "N\n"
+    assert service.log.count("no JSON") == 1
+    file.unlink()
+    assert lookup(service, "appversions") == "N\n"
+
+
+def test_a_disk_that_hangs_keeps_nobody_else_waiting(start, tmp_path):
+    """fsync blocks until the test says so; meanwhile another connection is answered."""
+    go = tmp_path / "go"
+    fifo = f"import os\nos.fsync = lambda file: open({str(go)!r}).read()\n"
+    os.mkfifo(go)
+    service = start(patch=fifo)
+    answers = []
+    request = f"B1\t{ALICE}\t0\nS1\tpriv/0123/devicetoken\ta\nC1\n".encode()
+    setting = threading.Thread(target=lambda: answers.append(service.ask("metadata", request)))
+    setting.start()
+    with open(go, "w"):  # opens when the service waits in fsync
+        assert lookup(service, "maxsmtprecipients") == "O1000\n"
+        assert answers == []
+    setting.join(10)
+    assert answers == [b"O1\n"]

@@ -22,11 +22,14 @@ class ActivationError(Exception):
     """The service was not started by its socket units."""
 
 
-def listen_sockets(*names: str, optional: Collection[str] = ()) -> dict[str, socket.socket]:
+def listen_sockets(
+    *names: str, optional: Collection[str] = (), kept: str = ""
+) -> dict[str, socket.socket]:
     """Take over the listening sockets systemd passes, by the FileDescriptorName= of their units.
 
     Each of *names* must have been passed exactly once, each of *optional* at most once, and nothing
-    else may have been. Raises ActivationError with the names otherwise: a service that lacks one of
+    else may have been but connections that an earlier process gave to `keep` under the name *kept*:
+    they are "KEPT 0", "KEPT 1", ... of the result. Raises ActivationError with the names otherwise: a service that lacks one of
     its sockets would look healthy and answer nobody.
 
     Serve them with asyncio's start_server or create_server: from Python 3.13 on, start_unix_server
@@ -37,7 +40,8 @@ def listen_sockets(*names: str, optional: Collection[str] = ()) -> dict[str, soc
     count = int(os.environ.get("LISTEN_FDS", "0"))
     passed = os.environ.get("LISTEN_FDNAMES", "").split(":") if count else []
     extra = set(optional) & set(passed)
-    if sorted(passed) != sorted({*names, *extra}) or len(passed) != count:
+    listening = [name for name in passed if not kept or name != kept]
+    if sorted(listening) != sorted({*names, *extra}) or len(passed) != count:
         raise ActivationError(
             f"expected the sockets {', '.join(names)} from systemd, got: {', '.join(passed) or 'none'}"
         )
@@ -48,11 +52,20 @@ def listen_sockets(*names: str, optional: Collection[str] = ()) -> dict[str, soc
         os.set_inheritable(number, False)
         sock = socket.socket(fileno=number)
         sock.setblocking(False)
-        sockets[name] = sock
+        sockets[name if name != kept else f"{name} {len(sockets)}"] = sock
     return sockets
 
 
-def notify(state: str) -> None:
+def keep(descriptor: int, name: str) -> None:
+    """Let systemd hold a connection for the next process of this service (FileDescriptorStoreMax=).
+
+    It is dropped when its peer closes it. What the peer writes between two processes waits for the
+    second one, be the first killed or restarted.
+    """
+    notify(f"FDSTORE=1\nFDNAME={name}", descriptor)
+
+
+def notify(state: str, descriptor: int | None = None) -> None:
     """Send *state* ("READY=1", "STOPPING=1", ...) to systemd; do nothing when there is none."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
@@ -60,7 +73,8 @@ def notify(state: str) -> None:
     if address.startswith("@"):
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.sendto(state.encode(), address)
+        sock.connect(address)
+        socket.send_fds(sock, [state.encode()], [] if descriptor is None else [descriptor])
 
 
 class _PriorityFormatter(logging.Formatter):

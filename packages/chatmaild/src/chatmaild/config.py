@@ -199,6 +199,25 @@ def _url(text: str) -> str:
     return text
 
 
+_NOTIFICATION_URL = 'Write a URL such as "https://notifications.delta.chat/notify", or nothing'
+
+
+def _notification_url(text: str) -> str:
+    match = re.match(r"(https?)://([a-z0-9.-]+|\[::1\])(?::([0-9]{1,5}))?(?:/[!-~]*)?\Z", text)
+    if text and (not match or not 0 < int(match[3] or 443) < 65536):
+        raise _Invalid("not a URL", _NOTIFICATION_URL)
+    if match and match[1] == "http" and not re.match(r"127\.[0-9.]+\Z|\[::1\]\Z", match[2]):
+        raise _Invalid("not encrypted", "Write https://; http:// is for loopback addresses")
+    return text
+
+
+def _proxy(text: str) -> str:
+    match = re.match(r"http://([a-z0-9.-]+|\[[0-9a-f:]+\]):([0-9]{1,5})/?\Z", text)
+    if text and (not match or not 0 < int(match[2]) < 65536):
+        raise _Invalid("not an HTTP proxy", 'Write it as "http://proxy.example.org:3128"')
+    return text
+
+
 def _selector(text: str) -> str:
     if not re.match(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z", text):
         raise _Invalid("not a DKIM selector", 'Write a short name such as "chatmail"')
@@ -372,6 +391,17 @@ class Config:
         "49152-65535",
         "UDP ports through which calls are relayed, one for each side of a call. Open them and "
         "3478 in a firewall.",
+    )
+    notification_url: str = _setting(
+        _notification_url,
+        "https://notifications.delta.chat/notify",
+        "Where the tokens of devices go when there is new mail, so that phones wake up; nothing else "
+        "is sent there. If empty no device is woken.",
+    )
+    notification_proxy: str = _setting(
+        _proxy,
+        "",
+        "HTTP proxy to reach it, such as http://proxy.example.org:3128.",
     )
     metrics_allow: list[str] = _setting(
         _networks,

@@ -27,6 +27,7 @@ import logging
 import re
 import socket
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -175,7 +176,8 @@ class Connection:
 
 
 class Dictionary(Protocol):
-    """What a service has to offer. Both are called in the event loop and must be quick."""
+    """What a service has to offer. Both are called in threads and may wait for the disk; what one
+    connection asks is done one after the other."""
 
     def lookup(self, key: str, user: str) -> str | None:
         """The value of *key*, None for "not found"; an exception is a failure."""
@@ -212,15 +214,22 @@ def answer(dictionary: Dictionary, command: Command) -> bytes:
     return commit_reply(command, True)
 
 
-async def start_server(dictionary: Dictionary, sock: socket.socket) -> asyncio.Server:
-    """Serve *dictionary* on a listening unix socket. Dovecot holds its connections as it likes."""
+async def start_server(
+    dictionary: Dictionary, sock: socket.socket, executor: Executor
+) -> asyncio.Server:
+    """Serve *dictionary* on a listening unix socket; *executor* has the threads it is called in.
+
+    Dovecot holds its connections as it likes.
+    """
+    loop = asyncio.get_running_loop()
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = Connection()
         try:
             while data := await reader.read(READ_SIZE):
                 for command in connection.receive(data):
-                    writer.write(answer(dictionary, command))
+                    reply = await loop.run_in_executor(executor, answer, dictionary, command)
+                    writer.write(reply)
                 await writer.drain()
         except ProtocolError as error:
             log.warning("closing a connection: %s", error)

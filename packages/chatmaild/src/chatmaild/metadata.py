@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""chatmail-metadata: the dictionaries behind IMAP METADATA (RFC 5464) and Dovecot's last_login.
+"""chatmail-metadata: IMAP METADATA (RFC 5464), Dovecot's last_login, and notifications.
 
 Keys as Dovecot 2.4 writes them, NAME being what a client asked for:
 
@@ -7,38 +7,42 @@ Keys as Dovecot 2.4 writes them, NAME being what a client asked for:
     shared/<GUID>/vendor/vendor.dovecot/pvt/server/vendor/deltachat/NAME  /shared/vendor/deltachat/NAME
     shared/last-login/USER                                               a login, value: unix time
 
-Setting a device token adds it: every device of a user has one. A token is forgotten when it was not
-set again for TOKEN_DAYS. They are kept in the mailbox, `metadata.json`: {"devicetoken": {token: unix
-time}}; the list of tokens that old relays wrote is read as well.
+Setting a device token adds it: every device of a user has one (devicetokens). Of the server's keys we
+have `turn` (credentials for calls), `irohrelay`, `maxsmtprecipients` and `appversions`. The socket
+`events` is notifier's.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
-import json
+import hmac
 import logging
 import os
 import re
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from chatmaild import metrics
+from chatmaild import metrics, notifier
 from chatmaild.activation import listen_sockets, notify, setup_logging
-from chatmaild.config import DEFAULT_PATH, Config, ConfigError, read_config
+from chatmaild.appversions import AppVersions
+from chatmaild.config import DEFAULT_PATH, TURN_PORT, Config, ConfigError, read_config
+from chatmaild.devicetokens import DeviceTokens, InvalidToken
 from chatmaild.dictproxy import Refused, start_server
+from chatmaild.pushqueue import Queue
 from chatmaild.users import MailStore
 
-TOKEN_DAYS = 90
-MAX_TOKENS = 32  # of one user; the ones set longest ago give way
-MAX_FILE = 1 << 20  # bytes of a metadata.json we are ready to read
 MAX_SMTP_RECIPIENTS = 1000  # Postfix' smtpd_recipient_limit
+TURN_SECONDS = 5 * 86400  # clients ask again when less than 12 hours are left
+TURN_CREDENTIAL = "turn_secret"
+QUEUE = Path("/var/lib/chatmail/metadata/queue.sqlite")
+LEGACY_QUEUE = "pending_notifications"  # of other relays, among the mailboxes
+THREADS = 4  # that wait for the disk
 
-_FUTURE = 60  # seconds a clock may have been wrong
-_TOKEN = re.compile(r"[!-~]{1,4096}\Z")
 _SERVER_KEY = re.compile(
     r"shared/[^/]+/vendor/vendor\.dovecot/pvt/server/vendor/deltachat/([a-z]+)\Z"
 )
@@ -48,82 +52,61 @@ _LOGIN_KEY = re.compile(r"shared/last-login/(.+)\Z")
 log = logging.getLogger("metadata")
 
 
-class Tokens:
-    """The device tokens of all users, each user's in a file of its mailbox."""
+class Turn:
+    """Credentials for the TURN server *host*, as the TURN REST API's draft has them.
 
-    def __init__(self, store: MailStore, now: Callable[[], float] = time.time) -> None:
-        self.store = store
+    The name is the unix time until which it is good, bare, because clients read it as such. The
+    secret is coturn's; nothing is stored, coturn computes the same.
+    """
+
+    def __init__(self, host: str, secret: bytes, now: Callable[[], float] = time.time) -> None:
+        self.host = host
+        self.secret = secret
         self.now = now
 
-    def get(self, user: str) -> list[str]:
-        """The valid tokens of *user* in the order they were first set; [] for an unknown user."""
-        try:
-            return list(self._valid(self._read(self._path(user))))
-        except ValueError:
-            return []
+    def value(self) -> str | None:
+        """HOST:PORT:NAME:PASSWORD, None without a secret."""
+        if not self.secret:
+            return None
+        name = str(int(self.now()) + TURN_SECONDS)
+        digest = hmac.digest(self.secret, name.encode(), "sha1")
+        return f"{self.host}:{TURN_PORT}:{name}:{base64.b64encode(digest).decode()}"
 
-    def add(self, user: str, token: str) -> None:
-        """Note that a device of *user* has *token* now; raises Refused for what cannot be one."""
-        if not _TOKEN.match(token):
-            raise Refused("device token is not 1 to 4096 printable characters")
-        try:
-            known = self.store.exists(user)
-            path = self._path(user)
-        except ValueError:
-            known = False
-        if not known:
-            raise Refused("device token of an unknown user")
-        data = self._read(path)
-        tokens = self._valid(data)
-        tokens[token] = int(self.now())
-        while len(tokens) > MAX_TOKENS:
-            del tokens[min(tokens, key=lambda item: tokens[item])]
-        _write(path, {**data, "devicetoken": tokens})
 
-    def _path(self, user: str) -> Path:
-        return self.store.mailbox_path(user) / "metadata.json"
-
-    def _read(self, path: Path) -> dict[str, Any]:
-        try:
-            with open(path, "rb") as file:
-                data = json.loads(file.read(MAX_FILE))
-        except FileNotFoundError:
-            return {}
-        except ValueError:
-            log.warning("a damaged metadata.json starts anew")
-            return {}
-        return data if isinstance(data, dict) else {}
-
-    def _valid(self, data: dict[str, Any]) -> dict[str, int]:
-        now = int(self.now())
-        tokens = data.get("devicetoken", {})
-        if isinstance(tokens, list):  # relays before 2025 wrote no times
-            tokens = {token: now for token in tokens}
-        if not isinstance(tokens, dict):
-            return {}
-        return {
-            token: int(when)
-            for token, when in tokens.items()
-            if isinstance(when, (int, float))
-            and _TOKEN.match(str(token))
-            and now - TOKEN_DAYS * 86400 <= when <= now + _FUTURE
-        }
+def turn_secret() -> bytes:
+    """The secret that systemd passed (LoadCredential=), b"" if there is none."""
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    if not directory:
+        return b""
+    try:
+        return (Path(directory) / TURN_CREDENTIAL).read_bytes().strip()
+    except FileNotFoundError:
+        return b""
 
 
 class Metadata:
-    """The dictionary of socket `metadata`."""
+    """The dictionary of socket `metadata`; *turn* and *versions* are asked anew each time."""
 
-    def __init__(self, config: Config, tokens: Tokens) -> None:
+    def __init__(
+        self,
+        config: Config,
+        tokens: DeviceTokens,
+        turn: Callable[[], str | None] = lambda: None,
+        versions: Callable[[], str | None] = lambda: None,
+    ) -> None:
         self.tokens = tokens
-        self.server = {"maxsmtprecipients": str(MAX_SMTP_RECIPIENTS)}
-        if config.iroh_relay_url:
-            self.server["irohrelay"] = config.iroh_relay_url
+        self.server: dict[str, Callable[[], str | None]] = {
+            "appversions": versions,
+            "irohrelay": lambda: config.iroh_relay_url or None,
+            "maxsmtprecipients": lambda: str(MAX_SMTP_RECIPIENTS),
+            "turn": turn,
+        }
 
     def lookup(self, key: str, user: str) -> str | None:
         """The value of a key; None for one that is not set or that we do not have."""
         server_key = _SERVER_KEY.match(key)
         if server_key:
-            return self.server.get(server_key[1])
+            return self.server.get(server_key[1], lambda: None)()
         if _TOKEN_KEY.match(key):
             return " ".join(self.tokens.get(user)) or None
         return None
@@ -134,7 +117,10 @@ class Metadata:
             if not _TOKEN_KEY.match(key) or value is None:
                 raise Refused("only a device token can be set")
         for _key, value in changes:
-            self.tokens.add(user, value or "")
+            try:
+                self.tokens.add(user, value or "")
+            except InvalidToken as error:
+                raise Refused(str(error)) from error
 
 
 class LastLogin:
@@ -160,25 +146,31 @@ class LastLogin:
                     raise Refused("not a last login") from error
 
 
-def _write(path: Path, data: dict[str, Any]) -> None:
-    temporary = path.with_name("metadata.json.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(data, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 async def serve(config: Config) -> None:
-    """Serve both sockets until cancelled."""
-    sockets = listen_sockets("metadata", "lastlogin", optional=("metrics",))
+    """Serve all sockets until cancelled."""
+    sockets = listen_sockets(
+        "metadata", "lastlogin", "events", optional=("metrics",), kept=notifier.KEPT
+    )
     await metrics.start_server(sockets)
     store = MailStore(config.mailboxes_dir)
-    metadata = await start_server(Metadata(config, Tokens(store)), sockets["metadata"])
-    logins = await start_server(LastLogin(store), sockets["lastlogin"])
+    tokens = DeviceTokens(store)
+    dictionary = Metadata(
+        config, tokens, Turn(config.mail_domain, turn_secret()).value, AppVersions().value
+    )
+    threads = ThreadPoolExecutor(THREADS, thread_name_prefix="dict")
+    servers = [
+        await start_server(dictionary, sockets["metadata"], threads),
+        await start_server(LastLogin(store), sockets["lastlogin"], threads),
+    ]
+    work = [server.serve_forever() for server in servers]
+    if config.notification_url:
+        server = notifier.NotificationServer(config.notification_url, config.notification_proxy)
+        push = notifier.Notifier(tokens, server, Queue(QUEUE))
+        kept = [sockets[name] for name in sockets if name.startswith(notifier.KEPT)]
+        events = await notifier.start_server(push, sockets["events"], kept)
+        work += [events.serve_forever(), push.serve(store.path / LEGACY_QUEUE)]
     notify("READY=1")
-    async with metadata, logins:
-        await asyncio.gather(metadata.serve_forever(), logins.serve_forever())
+    await asyncio.gather(*work)
 
 
 def main(arguments: list[str]) -> int:

@@ -177,7 +177,15 @@ class Relay:
                         size += maildir.quota_size(file, status.st_size)
         return messages, size
 
-    def remove(self, address: str) -> None:
+    def delete(self, address: str) -> None:
+        """End the sessions of *address* and remove it with its mail; raises AccountError, OSError."""
+        with self.in_mail():
+            self.mail.block(address)  # no login between the end of its sessions and its removal
+        self.end_sessions(address)
+        with self.in_mail():
+            self._remove(address)
+
+    def _remove(self, address: str) -> None:
         """Remove the mailbox with all that is in it; raises AccountError if it is in use."""
         with maildir.open_store(self.mail.path) as store:
             if store is None or not maildir.remove_mailbox(store, address):
@@ -286,11 +294,7 @@ def _user_delete(paths: Paths, options: argparse.Namespace) -> int:
         print("Type the address to go on: ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() != address:
             raise AccountError("not the same address; nothing was deleted")
-    with relay.in_mail():
-        relay.mail.block(address)  # no login between the end of its sessions and its removal
-    relay.end_sessions(address)
-    with relay.in_mail():
-        relay.remove(address)
+    relay.delete(address)
     return _print(options, {"deleted": address}, [f"chatmail-relay: {address} is deleted"])
 
 

@@ -20,7 +20,7 @@ from chatmaild.config import (
     read_settings,
 )
 
-from . import dns, store
+from . import dns, selftest, store
 from .accounts import AccountError, add_commands
 from .apply import NotConfigured, Refused, apply, diff, is_configured, make_plan, recover, unapply
 from .component import ComponentError
@@ -110,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=help, add_help=False)
     add_commands(commands, common)
     dns.add_command(commands, common)
+    selftest.add_command(commands, common)
     command("unapply", _unapply, "put back what was there before the relay")
     command("recover", _recover, "repair what an interrupted apply left (run at boot)")
     web_pages = command("web", _web, "list the web pages' files and where each comes from")

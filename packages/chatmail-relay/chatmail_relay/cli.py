@@ -36,6 +36,7 @@ HOW_TO_GO_ON = (
     "chatmail-relay: not configured yet. Run 'dpkg-reconfigure chatmail-relay', "
     "or 'chatmail-relay set mail_domain=NAME' and 'chatmail-relay apply'."
 )
+INTERRUPTED = 130  # exit status of who is ended by Ctrl-C, as of a shell
 ERRORS = (
     ConfigError,
     Refused,
@@ -58,6 +59,8 @@ def main(argv: list[str] | None = None, *, root: str = "/") -> int:
     paths = Paths(Path(root))
     try:
         return int(options.run(paths, options))
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except NotConfigured:
         if options.json:
             print(json.dumps({"configured": False}))

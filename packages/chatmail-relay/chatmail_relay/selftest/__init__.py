@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`chatmail-relay test`: does a relay do for its users what it promises? Asked from outside, as a client does.
+"""`chatmail-relay test`: does a relay do for its users what it promises? Asked from outside, as clients do.
 
 Two throw-away accounts are made by the public way, used, and removed. What is looked at, in this order: the
 name and its ports (net, tls), the web site (web), accounts (accounts), mail (mail) and calls (turn, on stun);

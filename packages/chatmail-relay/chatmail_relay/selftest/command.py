@@ -167,7 +167,9 @@ class Test:
 
         def allocate() -> str:
             if "turn" not in told:
-                raise Wrong("METADATA has no turn: clients do not know of a server for calls", METADATA)
+                raise Wrong(
+                    "METADATA has no turn: clients do not know of a server for calls", METADATA
+                )
             credentials = turn.Credentials.parse(told["turn"])
             return turn.allocate(credentials, self._ask_unbound, addresses)
 

@@ -78,7 +78,9 @@ def values(parts: Iterable[Any]) -> dict[str, str]:
     for part in parts:
         if isinstance(part, tuple):
             head, literal = part
-            answer += head[: head.rindex(b"{")] + b'"' + re.sub(rb'(["\\])', rb"\\\1", literal) + b'"'
+            answer += (
+                head[: head.rindex(b"{")] + b'"' + re.sub(rb'(["\\])', rb"\\\1", literal) + b'"'
+            )
         elif part:
             answer += part
     pattern = rb'(\w+) "((?:[^"\\]|\\.)*)"'

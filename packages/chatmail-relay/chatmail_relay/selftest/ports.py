@@ -21,7 +21,9 @@ def check(report: Report, target: Target) -> bool:
     """All ports of *target*; returns whether IMAP and submission can be tried."""
     _reachable(report, target)
     seen: dict[int, bytes] = {}
-    web = report.check("TLS on 443", "see systemctl status chatmail-front", _look(target, 443, seen))
+    web = report.check(
+        "TLS on 443", "see systemctl status chatmail-front", _look(target, 443, seen)
+    )
     if web:
         report.check("certificate", "", lambda: _certificate(target, seen[443]))
     usable = {443: web}
@@ -45,7 +47,9 @@ def _reachable(report: Report, target: Target) -> None:
         try:
             socket.create_connection(item, STEP_SECONDS).close()
         except OSError as error:
-            return "no answer" if isinstance(error, TimeoutError) else (error.strerror or str(error))
+            return (
+                "no answer" if isinstance(error, TimeoutError) else (error.strerror or str(error))
+            )
         return ""
 
     everything = [(address, port) for address in target.addresses for port in PORTS]

@@ -21,9 +21,7 @@ def check(report: Report, target: Target, own: bool) -> None:
     report.check("port 80", NGINX, lambda: _plain(target))
     report.check("autoconfig", NGINX, lambda: _autoconfig(target))
     if not target.is_exempt:
-        report.check(
-            "MTA-STS policy", "see chatmail-relay dns", lambda: _policy(target, own)
-        )
+        report.check("MTA-STS policy", "see chatmail-relay dns", lambda: _policy(target, own))
 
 
 def _page(target: Target) -> str:

@@ -312,7 +312,7 @@ def _describe_token(config: Config, token: Token, now: float) -> dict[str, Any]:
         "note": token.note,
         "code": invite(config, token.token),
         "url": new_url(config, token.token),
-        "page": f"https://{config.mail_domain}/invite?token={token.token}",
+        "page": f"https://{config.mail_host}/invite?token={token.token}",
     }
 
 

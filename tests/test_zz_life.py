@@ -19,6 +19,16 @@ def test_status_and_check_are_well_and_speak_json(relay):
         assert all(finding["well"] for finding in json.loads(done.out))
 
 
+def test_status_sees_a_socket_that_is_gone_and_its_remedy_mends_it(relay):
+    relay.exec("rm", "/var/spool/postfix/chatmail/incoming.sock")
+    shown = relay.exec("chatmail-relay", "status", "--json", check=False)
+    (finding,) = (item for item in json.loads(shown.out) if not item["well"])
+    assert shown.code == 1 and finding["what"] == "socket chatmail-filtermail-incoming.socket"
+    relay.exec(*finding["remedy"].removeprefix("run ").split())
+    wait_for(lambda: relay.exec("chatmail-relay", "status", check=False).ok, 20, "status")
+    relay.exec("test", "-S", "/var/spool/postfix/chatmail/incoming.sock")
+
+
 def test_no_file_of_another_package_was_touched(relay):
     assert relay.exec("dpkg", "--verify").out == ""
 

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import json
 import os
+import pwd
 import re
 import subprocess
 import sys
@@ -25,10 +26,13 @@ from chatmaild.tokens import PATH as TOKENS
 from chatmaild.tokens import Token, TokenStore
 from chatmaild.users import MailStore
 
+from . import systemd
 from .apply import NotConfigured, is_configured
 from .paths import Paths
+from .store import OWNER
 
 DOVECOT = "/etc/chatmail/dovecot/dovecot.conf"
+DOVECOT_UNIT = "dovecot.service"
 DOVEADM_SECONDS = 60
 UNITS = {"h": 3600, "d": 86400, "w": 7 * 86400}  # seconds
 
@@ -100,26 +104,35 @@ def _seconds(text: str) -> int | None:
 
 
 @contextlib.contextmanager
-def _as_owner(folder: Path) -> Iterator[None]:
-    """Inside, files are read and written with the rights of who owns *folder*, and privately."""
-    while not folder.exists():  # the folder of the mailboxes comes with the first of them
-        folder = folder.parent
-    owner = os.stat(folder)
+def _as(owner: pwd.struct_passwd | None) -> Iterator[None]:
+    """Inside, files are read and written with the rights of *owner*, and privately."""
     umask = os.umask(0o077)
-    switch = os.geteuid() == 0 and owner.st_uid != 0
     groups = os.getgroups()
-    if switch:
+    if owner is not None:
         os.setgroups([])
-        os.setegid(owner.st_gid)
-        os.seteuid(owner.st_uid)
+        os.setegid(owner.pw_gid)
+        os.seteuid(owner.pw_uid)
     try:
         yield
     finally:
-        if switch:
+        if owner is not None:
             os.seteuid(0)
             os.setegid(0)
             os.setgroups(groups)
         os.umask(umask)
+
+
+def _owner(paths: Paths) -> pwd.struct_passwd | None:
+    """Whose the mail store and the tokens are; None for who runs this, below another root.
+
+    By name, not by what a stat() says: the store's owner may have put a link to a place of root's there.
+    """
+    if os.geteuid() != 0 or paths.root != Path("/"):
+        return None
+    try:
+        return pwd.getpwnam(OWNER)
+    except KeyError:
+        raise AccountError(f"no user {OWNER}; run systemd-sysusers") from None
 
 
 class Relay:
@@ -132,28 +145,34 @@ class Relay:
         self.live = paths.is_live
         self.mail = MailStore(paths.real(self.config.mailboxes_dir))
         self.tokens = TokenStore(paths.real(str(TOKENS)), self.mail.is_taken)
-        self.token_folder = paths.real(str(TOKENS)).parent
+        self.owner = _owner(paths)
 
-    def in_mail(self) -> contextlib.AbstractContextManager[None]:
-        """With the rights of the mail store's owner."""
-        return _as_owner(self.mail.path)
-
-    def in_tokens(self) -> contextlib.AbstractContextManager[None]:
-        """With the rights of the tokens' owner, who also reads the mail store."""
-        return _as_owner(self.token_folder)
+    def as_owner(self) -> contextlib.AbstractContextManager[None]:
+        """With the rights of the owner of the mail store and of the tokens."""
+        return _as(self.owner)
 
     def end_sessions(self, address: str) -> None:
         """Forget the cached password and end open IMAP sessions of *address*.
 
         Postfix does not know its sessions by login: there the filter refuses each further message.
+        Raises AccountError if Dovecot cannot be told.
         """
-        if not self.live:
-            return
+        state = systemd.properties([DOVECOT_UNIT], "ActiveState") if self.live else {}
+        if state.get(DOVECOT_UNIT, {}).get("ActiveState") != "active":
+            return  # no sessions
         for words in (["auth", "cache", "flush", address], ["kick", address]):
-            # both fail when there is nothing to do
-            subprocess.run(
-                ["doveadm", "-c", DOVECOT, *words], capture_output=True, timeout=DOVEADM_SECONDS
-            )
+            command = ["doveadm", "-c", DOVECOT, *words]
+            try:
+                done = subprocess.run(
+                    command, capture_output=True, text=True, timeout=DOVEADM_SECONDS
+                )
+            except (OSError, subprocess.TimeoutExpired) as error:
+                raise AccountError(f"open sessions of {address} go on: {error}") from None
+            if done.returncode:
+                raise AccountError(
+                    f"open sessions of {address} go on: doveadm {words[0]}: "
+                    f"{done.stderr.strip() or f'status {done.returncode}'}; see systemctl status dovecot"
+                )
 
     def known(self, address: str) -> str:
         """*address*, completed by the domain; raises AccountError if there is no such mailbox."""
@@ -179,10 +198,10 @@ class Relay:
 
     def delete(self, address: str) -> None:
         """End the sessions of *address* and remove it with its mail; raises AccountError, OSError."""
-        with self.in_mail():
+        with self.as_owner():
             self.mail.block(address)  # no login between the end of its sessions and its removal
         self.end_sessions(address)
-        with self.in_mail():
+        with self.as_owner():
             self._remove(address)
 
     def _remove(self, address: str) -> None:
@@ -228,7 +247,7 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 def _user_list(paths: Paths, options: argparse.Namespace) -> int:
     relay = Relay(paths)
-    with relay.in_mail():
+    with relay.as_owner():
         users = [relay.describe(address) for address in sorted(relay.mail.taken())]
     rows = [(user["address"], user["state"], user["last_login"]) for user in users]
     return _print(options, users, _table(("ADDRESS", "STATE", "LAST LOGIN"), rows))
@@ -236,7 +255,7 @@ def _user_list(paths: Paths, options: argparse.Namespace) -> int:
 
 def _user_info(paths: Paths, options: argparse.Namespace) -> int:
     relay = Relay(paths)
-    with relay.in_mail():
+    with relay.as_owner():
         address = relay.known(options.address)
         messages, size = relay.usage(address)
         data = relay.describe(address) | {
@@ -265,7 +284,7 @@ def _user_info(paths: Paths, options: argparse.Namespace) -> int:
 
 def _user_block(paths: Paths, options: argparse.Namespace) -> int:
     relay = Relay(paths)
-    with relay.in_mail():
+    with relay.as_owner():
         address = relay.known(options.address)
         relay.mail.block(address)
     relay.end_sessions(address)  # also if it was blocked: a session may have slipped in
@@ -274,7 +293,7 @@ def _user_block(paths: Paths, options: argparse.Namespace) -> int:
 
 def _user_unblock(paths: Paths, options: argparse.Namespace) -> int:
     relay = Relay(paths)
-    with relay.in_mail():
+    with relay.as_owner():
         address = relay.known(options.address)
         if not relay.mail.exists(address):
             raise AccountError(
@@ -287,7 +306,7 @@ def _user_unblock(paths: Paths, options: argparse.Namespace) -> int:
 
 def _user_delete(paths: Paths, options: argparse.Namespace) -> int:
     relay = Relay(paths)
-    with relay.in_mail():
+    with relay.as_owner():
         address = relay.known(options.address)
     if not options.yes:
         print(f"This deletes {address} and all its mail.", file=sys.stderr)
@@ -326,7 +345,7 @@ def _token_create(paths: Paths, options: argparse.Namespace) -> int:
     now = time.time()
     expires = None if options.expires is None else int(now) + options.expires
     note = "".join(char if char.isprintable() else " " for char in options.note)
-    with relay.in_tokens():
+    with relay.as_owner():
         token = relay.tokens.create(options.uses, expires, note, now)
     if relay.config.registration != "token":
         print(
@@ -341,7 +360,7 @@ def _token_create(paths: Paths, options: argparse.Namespace) -> int:
 def _token_list(paths: Paths, options: argparse.Namespace) -> int:
     relay = Relay(paths)
     now = time.time()
-    with relay.in_tokens():
+    with relay.as_owner():
         tokens = [_describe_token(relay.config, t, now) for t in relay.tokens.tokens(now)]
     rows = [
         (
@@ -358,7 +377,7 @@ def _token_list(paths: Paths, options: argparse.Namespace) -> int:
 
 def _token_revoke(paths: Paths, options: argparse.Namespace) -> int:
     relay = Relay(paths)
-    with relay.in_tokens():
+    with relay.as_owner():
         if not relay.tokens.revoke(options.token):
             raise AccountError(f"{options.token}: no such token")
     return _print(

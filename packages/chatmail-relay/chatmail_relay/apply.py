@@ -28,7 +28,7 @@ from chatmaild.config import Config, explicit_values, read_settings
 
 from . import postfix, systemd
 from .component import ACTIVATIONS, Component, Limit, load_components
-from .ledger import Entry, Ledger, ledger_path, load_ledger, remember
+from .ledger import LEDGER_NAME, Entry, Ledger, ledger_path, load_ledger, remember
 from .paths import Paths
 from .ports import foreign_listeners
 from .render import Rendered, context, render
@@ -384,12 +384,15 @@ def limits(paths: Paths, plan: Plan, version: str) -> list[LimitFinding]:
     return findings
 
 
+def shown_changes(plan: Plan) -> list[Change]:
+    """The changes of files that an administrator knows of: all but the brain's own book."""
+    return [change for change in plan.changes if change.dest.name != LEDGER_NAME]
+
+
 def diff(plan: Plan) -> list[str]:
     """What *plan* would change, as unified diffs; keys are named, never shown."""
     lines = [f"new secret {change.dest}" for change in plan.secrets]
-    for change in plan.changes:
-        if change.dest.name == "ledger.json":
-            continue
+    for change in shown_changes(plan):
         lines += difflib.unified_diff(
             _lines(change.dest.read_bytes() if change.dest.is_file() else None),
             _lines(change.content),

@@ -22,7 +22,17 @@ from chatmaild.config import (
 
 from . import dns, selftest, store
 from .accounts import AccountError, add_commands
-from .apply import NotConfigured, Refused, apply, diff, is_configured, make_plan, recover, unapply
+from .apply import (
+    NotConfigured,
+    Refused,
+    apply,
+    diff,
+    is_configured,
+    make_plan,
+    recover,
+    shown_changes,
+    unapply,
+)
 from .component import ComponentError
 from .errors import RenderError
 from .ledger import LedgerError
@@ -220,7 +230,12 @@ def _apply(paths: Paths, options: argparse.Namespace) -> int:
 def _diff(paths: Paths, options: argparse.Namespace) -> int:
     plan = make_plan(paths, _version())
     lines = diff(plan)
-    _print(options, {"changes": [str(change.dest) for change in plan.changes]}, lines)
+    data = {
+        "secrets": [str(change.dest) for change in plan.secrets],
+        "changes": [str(change.dest) for change in shown_changes(plan)],
+        "pending": plan.ledger.pending,
+    }
+    _print(options, data, lines)
     return 1 if lines else 0
 
 

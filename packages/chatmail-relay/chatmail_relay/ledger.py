@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 FORMAT = 1
+LEDGER_NAME = "ledger.json"
 
 
 class LedgerError(Exception):
@@ -52,7 +53,7 @@ class Ledger:
 
 def ledger_path(state: Path) -> Path:
     """The ledger below the state directory."""
-    return state / "ledger.json"
+    return state / LEDGER_NAME
 
 
 def load_ledger(state: Path) -> Ledger:

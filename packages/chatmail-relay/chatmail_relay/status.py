@@ -15,10 +15,12 @@ from cryptography import x509
 
 from . import systemd
 from .apply import Plan, limits, make_plan, run_checkers
-from .component import Component
+from .component import Component, load_components
+from .errors import RenderError
 from .ledger import load_ledger
 from .paths import Paths
 from .ports import listeners
+from .postfix import PostfixError
 from .render import overrides
 
 CERTIFICATE_DAYS = 14  # fewer days left than this is not well
@@ -72,16 +74,25 @@ def check(paths: Paths, version: str) -> list[Finding]:
 
 
 def status(paths: Paths, version: str) -> list[Finding]:
-    """The state of the running relay."""
-    plan = make_plan(paths, version)
-    assert plan.config is not None
-    findings = [*_pending(paths)]
-    findings += _units(plan.components)
-    findings += _ports(plan.components)
-    findings.append(certificate(plan.config))
+    """The state of the running relay; of what runs also while the settings are not valid."""
+    findings: list[Finding] = []
+    plan = None
+    try:
+        plan = make_plan(paths, version)
+    except ConfigError as error:
+        findings += [Finding("settings", False, str(problem)) for problem in error.problems]
+    except (RenderError, PostfixError) as error:
+        findings.append(Finding("configuration", False, str(error), "run chatmail-relay check"))
+    components = load_components(paths.components) if plan is None else plan.components
+    findings += _pending(paths)
+    findings += _units(components)
+    findings += _ports(components)
     findings.append(_queue())
-    findings.append(_disk(plan.config))
-    findings += _limits(paths, plan, version)
+    if plan is not None:
+        assert plan.config is not None
+        findings.append(certificate(plan.config))
+        findings.append(_disk(plan.config))
+        findings += _limits(paths, plan, version)
     return findings
 
 
@@ -100,8 +111,8 @@ def _units(components: list[Component]) -> Iterator[Finding]:
         "SubState",
         "UnitFileState",
         "NRestarts",
-        "ConditionResult",
         "Result",
+        "TriggeredBy",
     )
     for unit in units:
         state = states.get(unit, {})
@@ -114,10 +125,36 @@ def _units(components: list[Component]) -> Iterator[Finding]:
         # a socket-activated service rests until its first connection
         resting = active == "inactive" and f"{unit.rsplit('.', 1)[0]}.socket" in states
         yield Finding(f"unit {unit}", active == "active" or resting, detail, remedy)
+    yield from _sockets(
+        {
+            name: unit
+            for unit in units
+            for name in states.get(unit, {}).get("TriggeredBy", "").split()
+        }
+    )
     for unit in runs:
         result = states.get(unit, {}).get("Result", "unknown")
         remedy = f"see journalctl --namespace=chatmail -u {unit}"
         yield Finding(f"last run of {unit}", result == "success", result, remedy)
+
+
+def _sockets(services: dict[str, str]) -> Iterator[Finding]:
+    """Socket units by the service they start: whether each listens, and can be reached."""
+    names = sorted(name for name in services if name.endswith(".socket"))
+    states = systemd.properties(names, "ActiveState", "UnitFileState", "Listen") if names else {}
+    for name in names:
+        state = states.get(name, {})
+        detail = state.get("ActiveState", "unknown")
+        well = detail == "active"
+        # "PATH (Stream)"
+        path = state.get("Listen", "").partition(" (")[0]
+        remedy = f"run systemctl restart {name} {services[name]}"
+        if state.get("UnitFileState") in ("disabled", "masked"):
+            well, detail = False, f"{detail}, {state['UnitFileState']}"
+            remedy = f"run systemctl enable --now {name}"
+        elif path.startswith("/") and not os.path.exists(path):
+            well, detail = False, f"{path} is gone"
+        yield Finding(f"socket {name}", well, detail, remedy)
 
 
 def _ports(components: list[Component]) -> Iterator[Finding]:

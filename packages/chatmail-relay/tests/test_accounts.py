@@ -3,9 +3,12 @@
 
 import io
 import json
+import os
 
 import pytest
+from chatmail_relay.accounts import AccountError, _owner
 from chatmail_relay.cli import main
+from chatmail_relay.paths import Paths
 from chatmaild.users import MailStore
 
 DOMAIN = "chat.example"
@@ -164,3 +167,63 @@ def test_an_unconfigured_relay_says_how_to_go_on(tmp_path, capsys):
     for words in (["user", "list"], ["token", "list"], ["token", "create"]):
         assert main(words, root=str(tmp_path)) == 1
         assert "dpkg-reconfigure" in capsys.readouterr().out
+
+
+# --- on a live relay: Dovecot is told -----------------------------------------------------------------
+
+
+@pytest.fixture
+def dovecot(tmp_path, monkeypatch, root):
+    """A live relay whose doveadm is a script; returns a function that writes it."""
+    monkeypatch.setattr(Paths, "is_live", property(lambda paths: True))
+    monkeypatch.setattr(
+        "chatmail_relay.systemd.properties",
+        lambda units, *names: {unit: {"ActiveState": "active"} for unit in units},
+    )
+    program = tmp_path / "bin" / "doveadm"
+    program.parent.mkdir()
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+
+    def write(script):
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+
+    return write
+
+
+def test_a_block_ends_sessions_and_forgets_the_cached_password(run, store, dovecot, tmp_path):
+    dovecot(f'echo "$*" >>{tmp_path}/asked')
+    assert run("user", "block", ALICE)[0] == 0
+    asked = (tmp_path / "asked").read_text()
+    assert f"auth cache flush {ALICE}\n" in asked and f"kick {ALICE}\n" in asked
+
+
+def test_a_block_whose_sessions_go_on_says_so(run, store, dovecot):
+    dovecot("echo 'no such socket' >&2; exit 75")
+    status, _out, err = run("user", "block", ALICE)
+    assert status == 1 and "go on" in err and "no such socket" in err
+    assert store.is_disabled(ALICE)  # refused from now on all the same
+
+
+def test_nothing_is_deleted_while_its_sessions_go_on(run, store, dovecot):
+    dovecot("exit 75")
+    assert run("user", "delete", ALICE, "--yes")[0] == 1
+    assert store.is_taken(ALICE)
+
+
+def test_root_takes_the_rights_of_the_owner_by_name_whatever_lies_in_the_store(monkeypatch):
+    named = []
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr("os.stat", lambda *args: pytest.fail("a stat follows links of the owner"))
+    monkeypatch.setattr("pwd.getpwnam", lambda name: named.append(name) or "the owner")
+    assert _owner(Paths()) == "the owner" and named == ["_chatmail"]
+
+
+def test_a_relay_without_its_user_tells_how_to_make_it(monkeypatch):
+    def missing(name):
+        raise KeyError(name)
+
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr("pwd.getpwnam", missing)
+    with pytest.raises(AccountError, match="systemd-sysusers"):
+        _owner(Paths())

@@ -63,6 +63,31 @@ def test_without_a_domain_nothing_is_rendered_and_the_way_on_is_told(root, capsy
     assert run(root, "status") == 1
 
 
+def test_diff_tells_programs_of_files_keys_and_units(root, capsys):
+    def diff():
+        capsys.readouterr()
+        status = run(root, "diff", "--json")
+        return status, json.loads(capsys.readouterr().out)
+
+    assert run(root, "set", "mail_domain=_alpha.example") == 0
+    status, data = diff()
+    assert status == 1 and str(root / "etc/toy/toy.conf") in data["changes"]
+    assert data["secrets"] and data["pending"] == {"toy.service": "restart"}
+    assert run(root, "apply") == 0
+    assert diff() == (0, {"changes": [], "pending": {}, "secrets": []})
+
+
+def test_status_with_an_invalid_setting_is_json_and_still_tells_of_the_units(root, capsys):
+    configured(root)
+    with (root / "etc/chatmail/chatmail.ini").open("a") as file:
+        file.write("tls = magic\n")
+    capsys.readouterr()
+    assert run(root, "status", "--json") == 1
+    findings = {item["what"]: item for item in json.loads(capsys.readouterr().out)}
+    assert "magic" in findings["settings"]["detail"] and not findings["settings"]["well"]
+    assert "unit toy.service" in findings
+
+
 def test_apply_renders_and_a_second_run_changes_nothing(root, capsys):
     configured(root)
     conf = root / "etc/toy/toy.conf"

@@ -115,6 +115,14 @@ def judge(record: Record, lookup: Lookup) -> Verdict:
     return Verdict(record, WRONG, problems, answers)
 
 
+def judge_all(records: list[Record], lookup: Lookup, domain: str) -> list[Verdict]:
+    """Judge all records that apply to the zone of *domain* as it is."""
+    signed = lookup.is_signed(domain)
+    asked = [record for record in records if signed or not record.if_signed]
+    with ThreadPoolExecutor(RECORDS_AT_ONCE) as pool:
+        return list(pool.map(lambda record: judge(record, lookup), asked))
+
+
 def _problem(record: Record, answer: Answer, lookup: Lookup) -> str:
     if answer.error and answer.error not in MISSING:
         return answer.error
@@ -157,10 +165,7 @@ def run(paths: Paths, options: argparse.Namespace) -> int:
     resolvers = [OWN_RESOLVER, *(options.resolver or ())]
     while True:
         lookup = Lookup(resolvers)  # made anew each time: servers may have changed
-        signed = lookup.is_signed(config.mail_domain)
-        asked = [record for record in records if signed or not record.if_signed]
-        with ThreadPoolExecutor(RECORDS_AT_ONCE) as pool:
-            verdicts = list(pool.map(lambda record: judge(record, lookup), asked))
+        verdicts = judge_all(records, lookup, config.mail_domain)
         report(verdicts, options.json, answers=options.verbose)
         left = [v for v in verdicts if v.record.required and v.state == WRONG]
         if not left or not options.watch:

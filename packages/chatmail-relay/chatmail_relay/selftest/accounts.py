@@ -109,7 +109,7 @@ class Accounts:
         assert self.relay is not None
         account = Account(self.target, *self._invented())
         self.made.append(account)
-        with self.relay.in_mail():
+        with self.relay.as_owner():
             self.relay.mail.create(account.address, account.password)
         return "registration is closed: made by root for this test"
 
@@ -126,7 +126,7 @@ class Accounts:
         if not self._token:
             assert self.relay is not None
             now = time.time()
-            with self.relay.in_tokens():
+            with self.relay.as_owner():
                 expires = int(now) + TOKEN_SECONDS
                 self._token = self.relay.tokens.create(2, expires, "self-test", now).token
         return self._token
@@ -143,7 +143,7 @@ class Accounts:
     def _delete(self, relay: Relay) -> str:
         left = 0
         if self._token:
-            with relay.in_tokens():
+            with relay.as_owner():
                 relay.tokens.revoke(self._token)
         for account in self.made:
             try:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import email
 import re
+import select
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -23,7 +24,11 @@ NOT_SIGNED = (550, 554)  # replies to mail that nobody signed
 STRANGER = "self-test@example.org"  # of a domain that sends no mail, so that nobody can sign for it
 TRACES = ("Received", "DKIM-Signature", "Authentication-Results")
 DELIVERY_SECONDS = 30.0
+LOOK_BACK_SECONDS = 5.0  # how often the sender's mailbox is looked into
 FEDERATION_SECONDS = 90.0  # two greetings, DNS and DKIM of a relay never met before
+
+_EXISTS = re.compile(rb"\* [1-9]\d* EXISTS")
+_DIAGNOSTIC = re.compile(rb"^Diagnostic-Code: *(.*(?:\r?\n[ \t].*)*)", re.M | re.I)
 
 
 def logins(account: Account) -> str:
@@ -155,15 +160,16 @@ def deliver(sender: Account, recipient: Account, seconds: float) -> tuple[float,
         accepted = time.monotonic()
         if code != 250:
             raise Wrong(f"the message is refused: {code} {said}")
-        while True:
-            waiting.for_mail(accepted + seconds)
+        while (left := accepted + seconds - time.monotonic()) > 0:
+            noticed = waiting.for_mail(min(left, LOOK_BACK_SECONDS))
             took = time.monotonic() - accepted
-            for stored in _messages(inbox):
+            for stored in _messages(inbox) if noticed else ():
                 if name.encode() in stored:
                     return took, stored
+            if not noticed:
+                _look_back(sender)
             waiting = _Idle(inbox)
-    except TimeoutError:
-        raise Wrong(f"not there after {seconds:.0f} s{_bounced(sender)}") from None
+        raise Wrong(f"not there after {seconds:.0f} s")
     finally:
         inbox.shutdown()
 
@@ -185,18 +191,18 @@ class _Idle:
             raise Wrong("the server ended the session during IDLE")
         return bytes(line)
 
-    def for_mail(self, deadline: float) -> None:
-        """Wait until the server says that there is mail; raises TimeoutError at *deadline*."""
-        while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError
-            self.session.sock.settimeout(left)
-            if re.match(rb"\* [1-9]\d* EXISTS", self._line()):
+    def for_mail(self, seconds: float) -> bool:
+        """End the command when there is mail, or after *seconds*; returns whether there is."""
+        end = time.monotonic() + seconds
+        found = False
+        while not found and (left := end - time.monotonic()) > 0:
+            if not select.select([self.session.sock], [], [], left)[0]:
                 break
+            found = bool(_EXISTS.match(self._line()))
         self.session.send(b"DONE\r\n")
-        while not self._line().startswith(self.tag):
-            pass
+        while not (line := self._line()).startswith(self.tag):
+            found |= bool(_EXISTS.match(line))
+        return found
 
 
 def _messages(session: Imap) -> Iterator[bytes]:
@@ -209,19 +215,17 @@ def _messages(session: Imap) -> Iterator[bytes]:
                 yield part[1]
 
 
-def _bounced(sender: Account) -> str:
-    """What a report in the sender's mailbox says (RFC 3464), addresses left out; "" for none."""
-    with contextlib.suppress(*TROUBLE):
-        session = sender.imap()
-        try:
-            for stored in _messages(session):
-                said = re.search(rb"^Diagnostic-Code: *(.*(?:\r?\n[ \t].*)*)", stored, re.M | re.I)
-                if said:
-                    text = " ".join(said[1].decode("utf-8", "replace").split())
-                    return ", it came back: " + re.sub(r"<[^>]*>", "<...>", text)
-        finally:
-            session.shutdown()
-    return ""
+def _look_back(sender: Account) -> None:
+    """Raises Wrong with what a report in the sender's mailbox says (RFC 3464), without addresses."""
+    session = sender.imap()
+    try:
+        for stored in _messages(session):
+            said = _DIAGNOSTIC.search(stored)
+            if said:
+                text = " ".join(said[1].decode("utf-8", "replace").split())
+                raise Wrong("it came back: " + re.sub(r"<[^>]*>", "<...>", text))
+    finally:
+        session.shutdown()
 
 
 def traces(stored: bytes) -> str:

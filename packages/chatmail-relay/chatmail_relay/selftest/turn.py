@@ -57,6 +57,8 @@ def _allocate_at(address: str, credentials: Credentials) -> str:
             took = time.monotonic() - begin
         except TurnError as error:
             raise Wrong(f"{address} {error}") from error
+        except ConnectionRefusedError:
+            raise Wrong(f"nobody listens at {address}, UDP port {credentials.port}") from None
         except TimeoutError:
             raise Wrong(f"no answer from {address}, UDP port {credentials.port}") from None
         sock.send(client.release())

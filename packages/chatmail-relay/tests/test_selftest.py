@@ -287,7 +287,11 @@ def test_the_time_of_all_is_bounded_wherever_it_waits(root, cleaned, monkeypatch
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_test_cleans_up(root, cleaned, monkeypatch, capsys, number):
     doing(monkeypatch, lambda self, *rest: os.kill(os.getpid(), number))
-    assert cli.main(["test"], root=root) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a build in the background
+    try:
+        assert cli.main(["test"], root=root) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "cleaning up" in capsys.readouterr().err
     assert cleaned == ["clean"]
 

@@ -354,7 +354,11 @@ def _token_create(paths: Paths, options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     data = _describe_token(relay.config, token, now)
-    return _print(options, data, [data["token"], f"dcaccount:{data['url']}", data["page"]])
+    code = f"dcaccount:{data['url']}"
+    if relay.config.is_ip_relay and relay.config.tls == "self":
+        # clients refuse the certificate there; the page gives a code that accepts it
+        return _print(options, data, [data["token"], data["page"]])
+    return _print(options, data, [data["token"], code, data["page"]])
 
 
 def _token_list(paths: Paths, options: argparse.Namespace) -> int:

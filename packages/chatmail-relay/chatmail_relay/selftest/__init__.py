@@ -32,12 +32,22 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--timeout",
-        type=float,
+        type=_seconds,
         default=SECONDS,
         metavar="SECONDS",
         help=f"end after this time ({SECONDS}), cleaning up not included",
     )
     sub.set_defaults(run=_run)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 86400:
+        raise argparse.ArgumentTypeError("a number of seconds above 0")
+    return seconds
 
 
 def _run(paths: Any, options: argparse.Namespace) -> int:

@@ -63,8 +63,14 @@ class Accounts:
     def __init__(self, target: Target, relay: Relay | None = None) -> None:
         self.target = target
         self.relay = relay
-        self.made: list[Account] = []
+        self.made: list[Account] = []  # what can be used
+        self._addresses: list[str] = []  # what may have come into being
         self._token = ""
+
+    @property
+    def leave_something(self) -> bool:
+        """Whether there may be something to remove."""
+        return bool(self._addresses or self._token)
 
     @property
     def _registration(self) -> str:
@@ -96,21 +102,24 @@ class Accounts:
 
     def _log_in(self, address: str, password: str, how: str) -> str:
         account = Account(self.target, address, password)
-        self.made.append(account)  # before it exists: whatever happens next, it is removed
+        self._addresses.append(address)
         begin = time.monotonic()
         try:
             account.imap().logout()
+        except imaplib.IMAP4.abort:
+            raise
         except imaplib.IMAP4.error as error:
-            self.made.remove(account)
             raise Wrong("the first login is refused", NOT_NOW) from error
+        self.made.append(account)
         return f"made {how} in {time.monotonic() - begin:.2f} s"
 
     def _by_root(self) -> str:
         assert self.relay is not None
         account = Account(self.target, *self._invented())
-        self.made.append(account)
+        self._addresses.append(account.address)
         with self.relay.as_owner():
             self.relay.mail.create(account.address, account.password)
+        self.made.append(account)
         return "registration is closed: made by root for this test"
 
     def _closed(self) -> str:
@@ -141,18 +150,19 @@ class Accounts:
         return f"mail of {number} accounts deleted; the accounts expire without a login"
 
     def _delete(self, relay: Relay) -> str:
-        left = 0
-        if self._token:
-            with relay.as_owner():
+        with relay.as_owner():
+            if self._token:
                 relay.tokens.revoke(self._token)
-        for account in self.made:
+            there = [address for address in self._addresses if relay.mail.is_taken(address)]
+        left = 0
+        for address in there:
             try:
-                relay.delete(account.address)
+                relay.delete(address)
             except (AccountError, OSError):
                 left += 1
         if left:
-            raise Wrong(f"{left} of {len(self.made)} accounts are left")
-        return f"{len(self.made)} accounts deleted"
+            raise Wrong(f"{left} of {len(there)} accounts are left", "see chatmail-relay user list")
+        return f"{len(there)} accounts deleted"
 
 
 def _empty(account: Account) -> None:

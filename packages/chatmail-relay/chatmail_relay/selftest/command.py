@@ -117,7 +117,7 @@ class Test:
         try:
             with bounded(CLEAN_UP_SECONDS):
                 for accounts in self._accounts:
-                    if accounts.made:
+                    if accounts.leave_something:
                         self.report.check(f"clean up {accounts.target.host}", "", accounts.remove)
         except OutOfTime:
             text = f"not done after {CLEAN_UP_SECONDS:g} s"

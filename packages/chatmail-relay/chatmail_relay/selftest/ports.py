@@ -14,7 +14,7 @@ from .net import STEP_SECONDS, Imap, Smtp, Target, secure
 from .report import Report, Wrong
 
 PORTS = (25, 80, 143, 443, 465, 587, 993)
-CLOSED = "open it in the firewall and at the provider; see chatmail-relay status"
+CLOSED = "open it in the firewall and at the provider; behind NAT see --address"
 
 
 def check(report: Report, target: Target) -> bool:

@@ -97,7 +97,7 @@ class Report:
 
 
 def describe(error: BaseException) -> str:
-    """An error of the standard library in one line; addresses in it are left out."""
+    """An error of the standard library in one line."""
     if isinstance(error, smtplib.SMTPResponseException):
         text = error.smtp_error
         shown = text.decode("utf-8", "replace") if isinstance(text, bytes) else text

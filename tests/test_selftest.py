@@ -92,7 +92,7 @@ def test_an_address_stands_in_for_the_dns(relay, ip_relay):
 def test_nothing_of_it_is_in_the_log(relay):
     findings(relay)
     log = relay.journal()
-    assert "postfix/smtpd" in log
+    assert "filtermail" in log
     assert re.findall(r"ci-[a-z0-9]{6}|self-test|localhost>", log) == []
 
 

@@ -67,6 +67,22 @@ def relay(lab: Lab) -> Host:
 
 
 @pytest.fixture(scope="session")
+def ip_relay(lab: Lab) -> Host:
+    """A relay without a name: the IPv4 address is its mail domain."""
+    host = lab.host("ip", 21)
+    seconds = host.install_relay(host.address)
+    measured["apt install of a relay without a name"] = f"{seconds:.1f} s"
+    wait_for(
+        lambda: host.exec("chatmail-relay", "status", check=False).ok,
+        HEALTHY_SECONDS,
+        "chatmail-relay status",
+    )
+    host.exec("chatmail-relay", "set", "max_new_addresses_per_hour=100000", "max_load_1m=1000")
+    host.exec("chatmail-relay", "apply", timeout=120)
+    return host
+
+
+@pytest.fixture(scope="session")
 def mail(lab: Lab, relay: Host) -> Mail:
     """Raw SMTP and IMAP to the relay."""
     return Mail(lab, relay.address, DOMAIN)

@@ -23,15 +23,17 @@ TTL = 1
 
 
 class NameServer:
-    """Records by name and type, served over UDP on port 53 of *namespace*."""
+    """Records by name and type, served over UDP on port 53 of *namespace*, IPv4 and IPv6."""
 
     def __init__(self, namespace: Namespace) -> None:
         self.address = namespace.ipv4
+        self.address6 = namespace.ipv6
         self.broken: set[str] = set()  # names whose zone answers SERVFAIL
         self._records: dict[tuple[str, str], list[str]] = {}
         with inside(namespace):
-            self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            self._socket.bind((namespace.ipv4, 53))
+            self._socket = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+            self._socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            self._socket.bind(("::", 53))
         self._socket.settimeout(0.2)  # how long close() waits at most
         self._open = True
         self._thread = threading.Thread(target=self._serve, daemon=True)

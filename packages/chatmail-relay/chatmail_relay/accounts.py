@@ -196,7 +196,15 @@ class Relay:
                         size += maildir.quota_size(file, status.st_size)
         return messages, size
 
-    def remove(self, address: str) -> None:
+    def delete(self, address: str) -> None:
+        """End the sessions of *address* and remove it with its mail; raises AccountError, OSError."""
+        with self.as_owner():
+            self.mail.block(address)  # no login between the end of its sessions and its removal
+        self.end_sessions(address)
+        with self.as_owner():
+            self._remove(address)
+
+    def _remove(self, address: str) -> None:
         """Remove the mailbox with all that is in it; raises AccountError if it is in use."""
         with maildir.open_store(self.mail.path) as store:
             if store is None or not maildir.remove_mailbox(store, address):
@@ -305,11 +313,7 @@ def _user_delete(paths: Paths, options: argparse.Namespace) -> int:
         print("Type the address to go on: ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() != address:
             raise AccountError("not the same address; nothing was deleted")
-    with relay.as_owner():
-        relay.mail.block(address)  # no login between the end of its sessions and its removal
-    relay.end_sessions(address)
-    with relay.as_owner():
-        relay.remove(address)
+    relay.delete(address)
     return _print(options, {"deleted": address}, [f"chatmail-relay: {address} is deleted"])
 
 
@@ -327,7 +331,7 @@ def _describe_token(config: Config, token: Token, now: float) -> dict[str, Any]:
         "note": token.note,
         "code": invite(config, token.token),
         "url": new_url(config, token.token),
-        "page": f"https://{config.mail_domain}/invite?token={token.token}",
+        "page": f"https://{config.mail_host}/invite?token={token.token}",
     }
 
 
@@ -350,7 +354,11 @@ def _token_create(paths: Paths, options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     data = _describe_token(relay.config, token, now)
-    return _print(options, data, [data["token"], f"dcaccount:{data['url']}", data["page"]])
+    code = f"dcaccount:{data['url']}"
+    if relay.config.is_ip_relay and relay.config.tls == "self":
+        # clients refuse the certificate there; the page gives a code that accepts it
+        return _print(options, data, [data["token"], data["page"]])
+    return _print(options, data, [data["token"], code, data["page"]])
 
 
 def _token_list(paths: Paths, options: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ from chatmaild.config import (
     read_settings,
 )
 
-from . import dns, store
+from . import dns, selftest, store
 from .accounts import AccountError, add_commands
 from .apply import (
     NotConfigured,
@@ -46,6 +46,7 @@ HOW_TO_GO_ON = (
     "chatmail-relay: not configured yet. Run 'dpkg-reconfigure chatmail-relay', "
     "or 'chatmail-relay set mail_domain=NAME' and 'chatmail-relay apply'."
 )
+INTERRUPTED = 130  # exit status of who is ended by Ctrl-C, as of a shell
 ERRORS = (
     ConfigError,
     Refused,
@@ -68,6 +69,8 @@ def main(argv: list[str] | None = None, *, root: str = "/") -> int:
     paths = Paths(Path(root))
     try:
         return int(options.run(paths, options))
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except NotConfigured:
         if options.json:
             print(json.dumps({"configured": False}))
@@ -120,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=help, add_help=False)
     add_commands(commands, common)
     dns.add_command(commands, common)
+    selftest.add_command(commands, common)
     command("unapply", _unapply, "put back what was there before the relay")
     command("recover", _recover, "repair what an interrupted apply left (run at boot)")
     web_pages = command("web", _web, "list the web pages' files and where each comes from")

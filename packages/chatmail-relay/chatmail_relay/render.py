@@ -37,6 +37,9 @@ def context(config: Config, explicit: dict[str, str], version: str) -> dict[str,
         "settings_file": render_ini(explicit, HEADER),
         "tls_cert": config.tls_cert,
         "tls_key": config.tls_key,
+        "mail_host": config.mail_host,
+        "is_ip_relay": config.is_ip_relay,
+        "has_mail_address": config.is_ip_relay and _is_own(config.mail_host),
         "is_underscore_domain": config.is_underscore_domain,
         "invite": invite(config),
         "hostname": socket.gethostname(),
@@ -44,6 +47,16 @@ def context(config: Config, explicit: dict[str, str], version: str) -> dict[str,
         "ipv6_available": os.path.exists("/proc/sys/net/ipv6/conf/all/disable_ipv6")
         and Path("/proc/sys/net/ipv6/conf/all/disable_ipv6").read_text().strip() == "0",
     }
+
+
+def _is_own(address: str) -> bool:
+    """Whether an interface of this machine has the IPv4 *address*; behind NAT none has."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
 
 
 def environment(paths: Paths, component: Component) -> jinja2.Environment:

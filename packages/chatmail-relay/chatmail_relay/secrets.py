@@ -6,6 +6,7 @@ removal of the package.
 """
 
 import datetime
+import ipaddress
 import secrets
 from pathlib import Path
 
@@ -41,13 +42,14 @@ def missing_secrets(paths: Paths, config: Config) -> list[Change]:
     if not paths.real(TURN_SECRET).exists():
         changes.append(Change(paths.real(TURN_SECRET), secrets.token_urlsafe(32).encode(), 0o600))
     if config.tls == "self":
-        changes += _self_signed(paths, config.mail_domain)
+        changes += _self_signed(paths, config)
     return changes
 
 
-def _self_signed(paths: Paths, domain: str) -> list[Change]:
+def _self_signed(paths: Paths, config: Config) -> list[Change]:
     cert_path, key_path = paths.real(SELF_SIGNED_CERT), paths.real(SELF_SIGNED_KEY)
-    names = [domain, f"www.{domain}", f"mta-sts.{domain}"]
+    host = config.mail_host
+    names = [host] if config.is_ip_relay else [host, f"www.{host}", f"mta-sts.{host}"]
     changes = []
     if key_path.exists():
         loaded = serialization.load_pem_private_key(key_path.read_bytes(), None)
@@ -69,14 +71,15 @@ def _names(path: Path) -> list[str]:
         extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
     except (ValueError, x509.ExtensionNotFound):
         return []
-    return list(extension.value.get_values_for_type(x509.DNSName))
+    addresses = extension.value.get_values_for_type(x509.IPAddress)
+    return [*extension.value.get_values_for_type(x509.DNSName), *map(str, addresses)]
 
 
 def _certificate(key: ec.EllipticCurvePrivateKey, names: list[str]) -> bytes:
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])])
     start = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=1)
     usage = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
-    alternatives = x509.SubjectAlternativeName([x509.DNSName(name) for name in names])
+    alternatives = x509.SubjectAlternativeName(list(map(_general_name, names)))
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
@@ -92,6 +95,14 @@ def _certificate(key: ec.EllipticCurvePrivateKey, names: list[str]) -> bytes:
         .sign(key, hashes.SHA256())
         .public_bytes(serialization.Encoding.PEM)
     )
+
+
+def _general_name(name: str) -> x509.GeneralName:
+    """RFC 5280 4.2.1.6: an address is not a name."""
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
 
 
 def _pem(

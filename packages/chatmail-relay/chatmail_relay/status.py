@@ -190,13 +190,12 @@ def certificate(config: Config) -> Finding:
         cert = x509.load_pem_x509_certificate(path.read_bytes())
         extension = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName)
         names = extension.value.get_values_for_type(x509.DNSName)
+        names += map(str, extension.value.get_values_for_type(x509.IPAddress))
     except (OSError, ValueError, x509.ExtensionNotFound) as error:
         return Finding(what, False, f"{path}: {error}", "set tls_external_cert_and_key")
-    wildcard = "*." + config.mail_domain.partition(".")[2]
-    if config.mail_domain not in names and wildcard not in names:
-        return Finding(
-            what, False, f"{path} does not name {config.mail_domain}", "get one that does"
-        )
+    wildcard = "*." + config.mail_host.partition(".")[2]
+    if config.mail_host not in names and (config.is_ip_relay or wildcard not in names):
+        return Finding(what, False, f"{path} does not name {config.mail_host}", "get one that does")
     days = (cert.not_valid_after_utc - datetime.datetime.now(datetime.timezone.utc)).days
     detail = f"{path} is valid for {days} days"
     return Finding(what, days >= CERTIFICATE_DAYS, detail, "renew it")

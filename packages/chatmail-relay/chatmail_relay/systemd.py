@@ -43,13 +43,12 @@ def activate(unit: str, action: str) -> str | None:
 
 
 def properties(units: list[str], *names: str) -> dict[str, dict[str, str]]:
-    """Properties of units as systemctl shows them: unit -> property -> value."""
-    done = subprocess.run(
-        ["systemctl", "show", f"--property={','.join(('Id', *names))}", "--", *units],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    """Properties of units as systemctl shows them: unit -> property -> value; {} without systemd."""
+    words = ["systemctl", "show", f"--property={','.join(('Id', *names))}", "--", *units]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        return {}
     found = {}
     for block in done.stdout.split("\n\n"):
         pairs = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)

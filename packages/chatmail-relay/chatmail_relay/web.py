@@ -144,7 +144,7 @@ class _Builder:
         converter = markdown.Markdown(extensions=["attr_list", "md_in_html", "meta", "tables"])
         content = converter.convert(text)
         meta: dict[str, list[str]] = converter.Meta  # type: ignore[attr-defined]
-        title = self._show(" ".join(meta.get("title", [str(self.values["mail_domain"])])))
+        title = self._show(" ".join(meta.get("title", [str(self.values["mail_host"])])))
         menu = " ".join(meta.get("menu", []))
         if menu and not menu.isdecimal():
             raise RenderError(f"{source.path}: menu: {menu}: write a number, its place in the menu")

@@ -227,3 +227,10 @@ def test_a_relay_without_its_user_tells_how_to_make_it(monkeypatch):
     monkeypatch.setattr("pwd.getpwnam", missing)
     with pytest.raises(AccountError, match="systemd-sysusers"):
         _owner(Paths())
+
+
+def test_an_invitation_to_a_relay_without_a_name_is_its_page(root, run):
+    text = "[params]\nmail_domain = 192.0.2.1\nregistration = token\n"
+    (root / "etc/chatmail/chatmail.ini").write_text(text)
+    _token, page = run("token", "create")[1].split()
+    assert page.startswith("https://192.0.2.1/invite?token=")

@@ -10,6 +10,7 @@ from chatmail_relay import systemd
 from chatmail_relay.cli import main
 from chatmail_relay.paths import Paths
 from chatmail_relay.transaction import Change, Transaction
+from cryptography import x509
 
 TOML = """
 name = "toy"
@@ -301,3 +302,22 @@ def test_check_names_what_is_wrong_with_the_versions_of_apps(root, capsys):
         capsys.readouterr()
         assert run(root, "check") == status
         assert said in capsys.readouterr().out
+
+
+def test_the_certificate_of_a_relay_without_a_name_is_for_its_address(root):
+    def names():
+        path = root / "var/lib/chatmail/tls/self-signed.crt"
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        return found.get_values_for_type(x509.DNSName), [
+            str(item) for item in found.get_values_for_type(x509.IPAddress)
+        ]
+
+    assert run(root, "set", "mail_domain=192.0.2.1") == 0
+    assert run(root, "apply") == 0
+    assert names() == ([], ["192.0.2.1"])
+    before = (root / "var/lib/chatmail/tls/self-signed.crt").read_bytes()
+    assert run(root, "apply") == 0
+    assert (root / "var/lib/chatmail/tls/self-signed.crt").read_bytes() == before
+    configured(root)
+    assert names()[0][0] == "_alpha.example" and names()[1] == []

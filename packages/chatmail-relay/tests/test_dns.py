@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The DNS records of a relay, asked of real name servers on loopback."""
 
+import dataclasses
 import json
 import socket
 import threading
@@ -12,6 +13,7 @@ import dns.rcode
 import dns.rdatatype
 import dns.zone
 import pytest
+from chatmaild.config import read_settings
 
 from chatmail_relay import cli
 from chatmail_relay.dns import command, records
@@ -34,9 +36,9 @@ ns2 60 IN A 127.0.0.3
 
 
 def config(**settings):
-    return SimpleNamespace(
-        **{"mail_domain": DOMAIN, "tls": "external", "dkim_selector": "chatmail", **settings}
-    )
+    values = {"mail_domain": DOMAIN, "tls_external_cert_and_key": "/c.pem /k.pem"} | settings
+    lines = [f"{key} = {value}" for key, value in values.items()]
+    return read_settings("test.ini", "\n".join(["[params]", *lines, ""]))[0]
 
 
 def need(**settings):
@@ -52,7 +54,7 @@ class NameServer:
 
     def __init__(self, address, port, text):
         self.text = text
-        self.silent = False
+        self.silent = self.bogus = self.signed = False
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.socket.bind((address, port))
         threading.Thread(target=self.serve, daemon=True).start()
@@ -69,6 +71,11 @@ class NameServer:
     def answer(self, query):
         reply = dns.message.make_response(query)
         reply.flags |= dns.flags.AA
+        if self.signed:
+            reply.flags |= dns.flags.AD
+        if self.bogus and not query.flags & dns.flags.CD:
+            reply.set_rcode(dns.rcode.SERVFAIL)
+            return reply
         question = query.question[0]
         held = dns.zone.from_text(self.text, "example.org", relativize=False)
         name = question.name
@@ -254,7 +261,7 @@ def test_dkim_keys_are_compared_by_their_tags(published, problem):
 
 
 def test_caa_is_compared_with_its_parameters():
-    account = "https://acme.example/acct/1"
+    account = "https://acme-v02.api.letsencrypt.org/acme/acct/1"
     (record,) = (r for r in wanted(config(), {}, ADDRESSES, account) if r.kind == "CAA")
 
     def said(*values):
@@ -265,6 +272,11 @@ def test_caa_is_compared_with_its_parameters():
     assert "also allows" in said(good, '0 issue "letsencrypt.org"')
     assert "says" in said('0 issue ";"')
     assert said() == "is missing"
+
+
+def test_of_a_ca_whose_name_is_not_known_no_caa_is_asked():
+    records = wanted(config(), {}, ADDRESSES, "https://acme.example/acct/1")
+    assert not [record for record in records if record.kind == "CAA"]
 
 
 def test_a_relay_with_its_own_certificate_needs_no_mta_sts():
@@ -322,7 +334,7 @@ def test_keys_are_told_from_their_files(tmp_path):
     from chatmail_relay.paths import Paths
     from chatmail_relay.secrets import missing_secrets
 
-    settings = config(tls="external", dkim_ed25519=True)
+    settings = config(dkim_ed25519="true")
     paths = Paths(tmp_path)
     for change in missing_secrets(paths, settings):
         change.dest.parent.mkdir(parents=True, exist_ok=True)
@@ -342,3 +354,149 @@ def test_a_record_line_is_one_of_a_zone_file():
     assert Record("a.example", "A", "8.8.8.8", True, "").line().split() == [
         "a.example.", "3600", "IN", "A", "8.8.8.8",
     ]  # fmt: skip
+
+
+# --- relays of other kinds ----------------------------------------------------------------------------
+
+
+def test_an_address_in_place_of_the_domain_needs_no_record(root, capsys):
+    ini = f"{root}/etc/chatmail/chatmail.ini"
+    with open(ini, "w") as file:
+        file.write("[params]\nmail_domain = 192.0.2.1\n")
+    assert cli.main(["dns"], root=root) == 0
+    assert capsys.readouterr().out == "The mail domain is an address: it needs no DNS.\n"
+    assert cli.main(["dns", "--json"], root=root) == 0
+    assert json.loads(capsys.readouterr().out) == []
+    assert cli.main(["dns", "--zone"], root=root) == 0
+    dns.zone.from_text(HEAD + capsys.readouterr().out, "example.org")
+    assert wanted(config(mail_domain="192.0.2.1"), {}, ADDRESSES) == []
+
+
+def test_a_name_with_an_underscore_needs_its_address_and_key_only():
+    records = wanted(config(mail_domain="_a.example", tls="self"), {"chatmail": KEY}, ADDRESSES)
+    required = [(record.kind, record.name) for record in records if record.required]
+    assert required == [
+        ("A", "_a.example"),
+        ("AAAA", "_a.example"),
+        ("TXT", "chatmail._domainkey._a.example"),
+    ]
+
+
+def test_without_ipv6_no_such_address_may_be_published(servers, lookup):
+    records = wanted(config(disable_ipv6="true"), {}, ADDRESSES)
+    assert [record.value for record in records if record.kind in ("A", "AAAA")] == ["8.8.4.4", "-"]
+    (record,) = (record for record in records if record.kind == "AAAA")
+    assert command.judge(record, lookup).state == "ok"
+    publish(servers.all, f"{DOMAIN}. 60 IN AAAA 2001:4860:4860::8844\n")
+    verdict = command.judge(record, lookup)
+    assert verdict.state == "wrong"
+    assert f"remove: {DOMAIN}. AAAA" in "\n".join(verdict.lines())
+
+
+def test_behind_nat_an_address_of_either_kind_counts(servers, lookup):
+    (record,) = (record for record in wanted(config(), {}, []) if record.kind == "A")
+    assert command.judge(record, lookup).state == "wrong"
+    publish(servers.all, f"{DOMAIN}. 60 IN AAAA 2001:4860:4860::8844\n")
+    assert command.judge(record, lookup).state == "ok"
+
+
+# --- DNSSEC -------------------------------------------------------------------------------------------
+
+
+def test_what_a_resolver_cannot_validate_is_wrong(servers, lookup):
+    publish(servers.all, full_zone())
+    servers.resolver.bogus = True
+    verdict = command.judge(find("MX"), lookup)
+    assert verdict.state == "wrong"
+    assert "SERVFAIL at 127.0.0.1" in verdict.problems
+    assert "DNSSEC" in verdict.problems[-1]
+
+
+TLSA = "3 1 1 " + "ab" * 32
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_key_of_the_certificate_is_asked_for_in_signed_zones_only(
+    root, servers, monkeypatch, capsys, signed
+):
+    monkeypatch.setattr(command, "tlsa_text", lambda paths, config: TLSA)
+    publish(servers.all, full_zone())
+    servers.resolver.signed = signed
+    cli.main(["dns", "--json"], root=root)
+    found = [item for item in json.loads(capsys.readouterr().out) if item["type"] == "TLSA"]
+    assert [item["state"] for item in found] == (["wrong"] if signed else [])
+    if signed:
+        publish(servers.all, f"{full_zone()}_25._tcp.{DOMAIN}. 60 IN TLSA {TLSA}\n")
+        cli.main(["dns", "--json"], root=root)
+        found = [item for item in json.loads(capsys.readouterr().out) if item["type"] == "TLSA"]
+        assert [item["state"] for item in found] == ["ok"]
+
+
+def test_in_the_zone_file_it_is_a_comment():
+    text = zone(wanted(config(), {}, ADDRESSES, None, TLSA))
+    assert f"; _25._tcp.{DOMAIN}." in text and TLSA in text
+    made = dns.zone.from_text(HEAD + text.split("8.8.4.4.in")[0], "example.org", relativize=False)
+    assert made.get_node(f"_25._tcp.{DOMAIN}.") is None
+
+
+def test_the_hash_is_that_of_the_public_key(tmp_path):
+    from chatmail_relay.paths import Paths
+    from chatmail_relay.secrets import missing_secrets
+
+    settings, paths = config(tls="self"), Paths(tmp_path)
+    assert records.tlsa_text(paths, settings) is None  # no certificate yet
+    for change in missing_secrets(paths, settings):
+        change.dest.parent.mkdir(parents=True, exist_ok=True)
+        change.dest.write_bytes(change.content)
+    first = records.tlsa_text(paths, settings)
+    assert first.startswith("3 1 1 ") and len(first) == 6 + 64
+    paths.real(settings.tls_cert).unlink()
+    for change in missing_secrets(paths, settings):  # a new certificate for the old key
+        change.dest.write_bytes(change.content)
+    assert records.tlsa_text(paths, settings) == first
+    acme = dataclasses.replace(settings, tls="acme")
+    assert records.tlsa_text(paths, acme) is None
+
+
+def test_the_account_is_asked_of_acmetool(tmp_path, monkeypatch):
+    program = tmp_path / "acmetool"
+    program.write_text('#!/bin/sh\n[ "$1" = account-url ] && echo https://ca.example/acct/7\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    acme = dataclasses.replace(config(), tls="acme")
+    assert records.account_uri(acme) == "https://ca.example/acct/7"
+    assert records.account_uri(config()) is None
+    program.unlink()
+    assert records.account_uri(acme) is None
+
+
+# --- what is printed ----------------------------------------------------------------------------------
+
+
+def test_the_table_has_the_required_records_first(root, servers, capsys):
+    publish(servers.all, full_zone())
+    assert cli.main(["dns"], root=root) == 0
+    rows = [
+        line.split() for line in capsys.readouterr().out.splitlines() if line[:3] in ("ok ", "bad")
+    ]
+    needs = [row[1] for row in rows]
+    assert needs == sorted(needs, reverse=True) and set(needs) == {"required", "recommended"}
+    assert ["ok", "required", "MX", DOMAIN, "10", f"{DOMAIN}."] in rows
+
+
+def test_every_answer_is_told_if_asked_for(root, servers, capsys):
+    publish(servers.all, full_zone())
+    servers.second.text = HEAD
+    assert cli.main(["dns", "--verbose"], root=root) == 1
+    said = capsys.readouterr().out
+    assert f"ns1.example.org (127.0.0.2) answers: 10 {DOMAIN}." in said
+    assert "ns2.example.org (127.0.0.3) answers: NXDOMAIN" in said
+    assert f"127.0.0.1 answers: 10 {DOMAIN}." in said
+
+
+def test_ctrl_c_ends_the_watch(root, servers, monkeypatch):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "pause", interrupt)
+    assert cli.main(["dns", "--watch"], root=root) == 130

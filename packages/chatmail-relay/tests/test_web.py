@@ -273,6 +273,15 @@ def test_a_self_signed_certificate_of_an_ordinary_name_has_no_short_code(root):
     assert 'href="/invite"' in page and "dcaccount:" not in page
 
 
+def test_a_relay_without_a_name_is_shown_by_its_address(root):
+    site = build(root, "[params]\nmail_domain = 192.0.2.1\n", SHIPPED)
+    page = site["index.html"].decode()
+    assert "<title>192.0.2.1</title>" in page and "[192.0.2.1]" not in page
+    assert 'href="/invite"' in page and "dcaccount:" not in page
+    settings = site[".well-known/autoconfig/mail/config-v1.1.xml"].decode()
+    assert settings.count("<hostname>192.0.2.1</hostname>") == 6
+
+
 @pytest.mark.parametrize(
     ("more", "page", "words"),
     [

@@ -8,6 +8,7 @@ from chatmaild.config import (
     default_ini,
     edit_ini,
     explicit_values,
+    is_address,
     read_settings,
     render_ini,
 )
@@ -63,7 +64,13 @@ def test_notifications_go_encrypted_or_to_loopback_or_nowhere(url):
         ("mail_domain", "chat..example", "not a valid domain name"),
         ("mail_domain", "a._b.example", "not a valid domain name"),
         ("mail_domain", "bücher.example", "not ASCII"),
-        ("mail_domain", "192.0.2.1", "an IP address"),
+        ("mail_domain", "2001:db8::1", "an IPv6 address"),
+        ("mail_domain", "[::1]", "an IPv6 address"),
+        ("mail_domain", "0.0.0.0", "no host has this address"),
+        ("mail_domain", "224.0.0.1", "no host has this address"),
+        ("mail_domain", "192.0.2", "a top-level domain is not a number"),
+        ("mail_domain", "192.0.2.256", "a top-level domain is not a number"),
+        ("mail_domain", "[192.0.2.1", "an IP address"),
         ("mail_domain", "chat.example.org.", "ends with a dot"),
         ("mail_domain", ".".join(["a" * 60] * 5), "longer than 253"),
         ("max_user_send_per_minute", "0", "out of range"),
@@ -172,3 +179,25 @@ def test_the_rendered_file_gives_services_the_same_settings():
     text = DOMAIN + "max_mailbox_size = 1G\nprivacy_postal = a\n  b\n"
     rendered = render_ini(explicit_values("test.ini", text), "header")
     assert read(rendered)[0] == read(text)[0]
+
+
+@pytest.mark.parametrize("written", ["192.0.2.1", "[192.0.2.1]"])
+def test_an_ipv4_address_stands_in_place_of_the_domain(written):
+    config, warnings = read(f"[params]\nmail_domain = {written}\n")
+    assert config.is_ip_relay and not warnings
+    assert config.mail_domain == "[192.0.2.1]"  # as in user@[192.0.2.1]
+    assert config.mail_host == "192.0.2.1"
+    assert config.tls == "self"
+    assert config.mailboxes_dir == "/var/lib/chatmail/mail/192.0.2.1"
+    assert config.iroh_relay_url == "http://192.0.2.1"
+
+
+def test_addresses_of_such_a_relay_can_be_named_in_settings():
+    text = "[params]\nmail_domain = 192.0.2.1\npassthrough_senders = bot@[192.0.2.1]\n"
+    assert read(text)[0].passthrough_senders == ["bot@[192.0.2.1]"]
+    assert not is_address("bot@192.0.2.1") and not is_address("bot@[::1]")
+
+
+def test_a_name_is_its_own_host():
+    config = read(DOMAIN)[0]
+    assert config.mail_host == config.mail_domain == "chat.example.org" and not config.is_ip_relay

@@ -27,9 +27,11 @@ from chatmaild.newemail import invite
             None,
             "dcaccount:https://chat.example/new",
         ),
+        ("mail_domain = 192.0.2.1", None, "dcaccount:https://192.0.2.1/new"),
         ("password_min_length = 23", None, "dcaccount:https://chat.example/new"),
     ],
 )
 def test_the_code_fits_the_way_of_registration(ini, token, text):
-    config = read_settings("test.ini", f"[params]\nmail_domain = chat.example\n{ini}\n")[0]
+    domain = "" if "mail_domain" in ini else "mail_domain = chat.example"
+    config = read_settings("test.ini", f"[params]\n{domain}\n{ini}\n")[0]
     assert invite(config, token) == text

@@ -26,7 +26,7 @@ def service(tmp_path, ini="", closed=False, busy=False):
             raise Refused("load", "secret detail")
 
     gate = SimpleNamespace(check_open=lambda: refuse(closed), check_machine=lambda: refuse(busy))
-    text = f"[params]\nmail_domain = chat.example\n{ini}\n"
+    text = f"[params]\n{'' if 'mail_domain' in ini else 'mail_domain = chat.example'}\n{ini}\n"
     config = read_settings("test.ini", text)[0]
     store = MailStore(tmp_path / "mail")
     tokens = TokenStore(tmp_path / "tokens.sqlite", store.is_taken)
@@ -296,3 +296,11 @@ def test_any_bytes_in_any_pieces_are_requests_or_a_bad_request(data, size):
 
     pieces = [data[index : index + size] for index in range(0, len(data), size)]
     assert outcome(pieces) == outcome([data[i : i + 1] for i in range(len(data))])
+
+
+def test_without_a_name_the_code_says_where_to_connect(tmp_path):
+    made = service(tmp_path, "mail_domain = 192.0.2.1")
+    account = json.loads(made.respond(Request("POST", "/new", True)).body)
+    assert re.fullmatch(r"[a-z0-9]{9}@\[192\.0\.2\.1\]", account["email"])
+    assert account["dclogin_url"].startswith(f"dclogin:{account['email']}?p=")
+    assert account["dclogin_url"].endswith("&v=1&ih=192.0.2.1&sh=192.0.2.1&ic=3")

@@ -12,6 +12,9 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     text = "say which DNS records the relay needs, and check what is published"
     sub = commands.add_parser("dns", help=text, description=text, parents=[common])
     sub.add_argument("--zone", action="store_true", help="print a zone file; ask nobody")
+    sub.add_argument(
+        "--verbose", "-v", action="store_true", help="print what every server has answered"
+    )
     sub.add_argument("--watch", action="store_true", help="go on until all required ones are there")
     sub.add_argument(
         "--resolver",

@@ -15,13 +15,15 @@ import dns.rdata
 import dns.rdataclass
 import dns.rdatatype
 
-from .records import Record
+from .records import ABSENT, Record
 
 Values = Sequence[Any]  # dns.rdata.Rdata of one type
 
 
 def compare(record: Record, values: Values) -> str:
     """What is wrong with *values* for *record*; "" if nothing is."""
+    if record.value == ABSENT:
+        return _other(value.to_text() for value in values) if values else ""
     wanted = rdata(record.kind, record.value) if record.value else None
     if wanted is None:
         return "" if values else "is missing"

@@ -7,6 +7,7 @@ as old as the record's TTL. Each server's answer is kept, so that the one that d
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -67,6 +68,8 @@ class Lookup:
         self._find.nameservers = [self.resolvers[0].address]
         self._find.port = port
         self._find.lifetime = 2 * TIMEOUT
+        # a zone with broken signatures has servers, too (RFC 4035 3.2.2)
+        self._find.set_flags(dns.flags.RD | dns.flags.CD)
         self._zones: dict[str, list[Server]] = {}
 
     def servers(self, name: str) -> list[Server]:
@@ -96,11 +99,16 @@ class Lookup:
 
     def addresses(self, name: str) -> list[str]:
         """The addresses of *name* as the first resolver knows them, aliases followed."""
-        found = []
+        found: list[str] = []
         for kind in ("A", "AAAA"):
-            answer = self.ask(self.resolvers[0], name, kind)
-            found += [item.address for item in answer.values if hasattr(item, "address")]
+            with contextlib.suppress(dns.exception.DNSException, OSError):
+                answer: Iterable[Any] = self._find.resolve(name, kind, search=False)
+                found += [item.address for item in answer]
         return found
+
+    def is_signed(self, name: str) -> bool:
+        """Whether the first resolver could validate what the zone of *name* says (RFC 4035 3.2.3)."""
+        return self.ask(self.resolvers[0], name, "SOA").validated
 
     def everybody(self, name: str, kind: str) -> list[Answer]:
         """The answers of all authoritative servers of *name*, then of all resolvers."""

@@ -77,7 +77,7 @@ def _domain(text: str) -> str:
     except ValueError:
         pass
     else:
-        raise _Invalid("an IP address is not a mail domain", example)
+        raise _Invalid("an IP address is not a domain name", example)
     if name.endswith("."):
         raise _Invalid("ends with a dot", example)
     labels = name.split(".")
@@ -90,6 +90,22 @@ def _domain(text: str) -> str:
     if labels[-1].isdigit():
         raise _Invalid("a top-level domain is not a number", example)
     return name
+
+
+def _mail_domain(text: str) -> str:
+    """A domain name, or an IPv4 address as RFC 5321 4.1.3 writes it after the "@": in brackets."""
+    literal = re.match(r"\[(.*)\]\Z", text)
+    try:
+        address = ipaddress.ip_address(literal[1] if literal else text)
+    except ValueError:
+        return _domain(text)
+    if address.version != 4:
+        raise _Invalid("an IPv6 address", "Write an IPv4 address, or a domain name")
+    if address.is_unspecified or address.is_multicast or address.is_reserved:
+        raise _Invalid(
+            "no host has this address", "Write the one at which others reach this machine"
+        )
+    return f"[{address}]"
 
 
 def _integer(low: int, high: int, unit: str) -> Callable[[str], int]:
@@ -134,7 +150,8 @@ def is_address(text: str) -> bool:
     """Whether *text* is one plain mail address, user@domain (RFC 5321 dot-string only)."""
     local, separator, domain = text.rpartition("@")
     try:
-        return bool(separator and _LOCALPART.match(local) and _domain(domain))
+        check = _mail_domain if domain.startswith("[") else _domain
+        return bool(separator and _LOCALPART.match(local) and check(domain))
     except _Invalid:
         return False
 
@@ -265,10 +282,11 @@ class Config:
     """The settings of one relay. Sizes are bytes, ages are days; see each field's help text."""
 
     mail_domain: str = _setting(
-        _domain,
+        _mail_domain,
         None,
         'What follows the "@" in the addresses of this relay. A name that starts with "_" has a '
-        "self-signed certificate that clients accept.",
+        "self-signed certificate that clients accept. In place of a name the IPv4 address of this "
+        'machine may stand: addresses are then of the form "user@[192.0.2.1]".',
         "The relay",
     )
     tls: str = _setting(
@@ -422,6 +440,17 @@ class Config:
     )
 
     @property
+    def mail_host(self) -> str:
+        """Where clients and other relays connect: the mail domain, or the address in its brackets."""
+        return self.mail_domain.strip("[]")
+
+    @property
+    def is_ip_relay(self) -> bool:
+        """Whether an IPv4 address stands in place of a name: no DNS, no DKIM, a certificate nobody
+        vouches for."""
+        return self.mail_domain.startswith("[")
+
+    @property
     def is_underscore_domain(self) -> bool:
         """Clients and relays accept a self-signed certificate of a name that starts with "_"."""
         return self.mail_domain.startswith("_")
@@ -449,7 +478,7 @@ class Config:
         """
         if self.iroh_relay is not None:
             return self.iroh_relay
-        return f"{'http' if self.tls == 'self' else 'https'}://{self.mail_domain}"
+        return f"{'http' if self.tls == 'self' else 'https'}://{self.mail_host}"
 
 
 FIELDS = {item.name: item for item in dataclasses.fields(Config)}
@@ -593,7 +622,7 @@ def _fill_derived(values: dict[str, Any]) -> None:
     if values["tls"] is None:
         values["tls"] = "external" if values["tls_external_cert_and_key"] else "self"
     if values["mailboxes_dir"] is None:
-        values["mailboxes_dir"] = f"/var/lib/chatmail/mail/{values['mail_domain']}"
+        values["mailboxes_dir"] = f"/var/lib/chatmail/mail/{values['mail_domain'].strip('[]')}"
 
 
 def _warn(config: Config, section: dict[str, str], warn: Callable[[str, str, str], None]) -> None:
@@ -604,7 +633,7 @@ def _warn(config: Config, section: dict[str, str], warn: Callable[[str, str, str
         warn(
             "password_min_length", "keeps clients out that invent 22 characters", "Write at most 22"
         )
-    if config.tls == "self" and not config.is_underscore_domain:
+    if config.tls == "self" and not config.is_underscore_domain and not config.is_ip_relay:
         warn(
             "tls",
             "clients and other relays refuse a self-signed certificate of this name",

@@ -22,7 +22,8 @@ def invite(config: Config, token: str | None = None) -> str:
     if config.registration == "token":
         return f"dcaccount:{new_url(config, token)}" if token else ""
     fits = (
-        config.username_min_length <= CLIENT_USERNAME <= config.username_max_length
+        not config.is_ip_relay
+        and config.username_min_length <= CLIENT_USERNAME <= config.username_max_length
         and config.password_min_length <= CLIENT_PASSWORD
     )
     return f"dcaccount:{config.mail_domain if fits else new_url(config)}"
@@ -30,5 +31,5 @@ def invite(config: Config, token: str | None = None) -> str:
 
 def new_url(config: Config, token: str | None = None) -> str:
     """The URL that answers with a fresh address and password."""
-    url = f"https://{config.mail_domain}/new"
+    url = f"https://{config.mail_host}/new"
     return f"{url}?token={token}" if token else url

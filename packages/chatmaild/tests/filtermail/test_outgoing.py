@@ -7,7 +7,9 @@ import logging
 import dkim as dkimpy
 import pytest
 
+from chatmaild.config import read_settings
 from chatmaild.filtermail import dkim, policy, replies
+from chatmaild.filtermail.__main__ import load_keys
 from chatmaild.filtermail.limiter import Limiter
 from filtermail_mta import Mta, connect, mail_from, packets
 from filtermail_relay import NOW, Relay, ed25519_pem, public, rsa_pem
@@ -86,6 +88,21 @@ def test_a_second_key_gives_a_second_signature(tmp_path):
     outcome = Relay(tmp_path, signing_keys=keys).submit(encrypted_mail())
     assert [position for position, _, _ in outcome.inserted] == [0, 1]
     assert b"s=chatmail-ed25519;" in outcome.inserted[1][2]
+
+
+def test_without_a_key_nothing_is_signed_and_all_else_stays(tmp_path):
+    """A relay with an address in place of its domain."""
+    relay = Relay(tmp_path, signing_keys=[])
+    outcome = relay.submit(encrypted_mail(subject="hello"))
+    assert (outcome.reply, outcome.inserted) == ("", [])
+    assert outcome.changed == [(1, b"Subject", b" [...]")]
+    bounce = relay.sign().send(report_mail(f"mailer-daemon@{DOMAIN}"), "", ["carol@other.example"])
+    assert (bounce.reply, bounce.inserted) == ("", [])
+
+
+def test_an_address_in_place_of_the_domain_takes_no_key(tmp_path):
+    config = read_settings("test.ini", "[params]\nmail_domain = 192.0.2.1\n")[0]
+    assert load_keys(tmp_path / "nothing here", config) == []
 
 
 @pytest.mark.parametrize("subject", ["hello", "Re: [...]", "[...] ", "\r\n [...]"])

@@ -243,8 +243,11 @@ def load_keys(directory: Path, config: Config) -> list[dkim.SigningKey]:
     """The signing keys in a credentials directory; raises DkimError or OSError with what to do.
 
     dkim_rsa.pem has selector dkim_selector, dkim_ed25519.pem (only if dkim_ed25519 is set)
-    dkim_selector-ed25519.
+    dkim_selector-ed25519. None for an address in place of a domain: there is no DNS to publish them in,
+    and other relays take such mail by where it comes from.
     """
+    if config.is_ip_relay:
+        return []
     wanted = [("dkim_rsa.pem", config.dkim_selector)]
     if config.dkim_ed25519:
         wanted.append(("dkim_ed25519.pem", f"{config.dkim_selector}-ed25519"))

@@ -210,7 +210,7 @@ class OutgoingHandler(Handler):
             for name, value in message.fields
         ]
         message.fields = []
-        if not message.dkim_elsewhere:
+        if self._policy.signing_keys and not message.dkim_elsewhere:
             self._signer = dkim.Signer(self._policy.signing_keys, fields)
 
     def body(self, data: bytes) -> None:
@@ -435,7 +435,8 @@ class SignHandler(Handler):
         message.end_of_header()
         fields, message.fields = message.fields, []
         own = f"mailer-daemon@{self._policy.domain}"
-        if not message.sender and message.from_address == own and not message.dkim_elsewhere:
+        ours = not message.sender and message.from_address == own
+        if ours and self._policy.signing_keys and not message.dkim_elsewhere:
             self._signer = dkim.Signer(self._policy.signing_keys, fields)
 
     def body(self, data: bytes) -> None:

@@ -18,7 +18,8 @@ The sender's address is the relay's word: the filter and DKIM checked it before 
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import re
 import secrets
 import time
 from collections.abc import Callable
@@ -40,20 +41,17 @@ HELP = (
     "I am an echo bot: I send back the text and the files that you send me, so you can see that "
     "everything works. I keep nothing of it."
 )
-# fields of messages that change something and say nothing
+# parts by which clients talk to each other
+_MACHINES = ("status-update.json", "location.kml", "message.kml")
+# fields of messages that change something and say nothing, and of groups
 _SILENT = (
-    "chat-edit",
     "chat-delete",
-    "chat-content",
+    "chat-edit",
     "chat-group-id",
-    "chat-group-name",
-    "list-id",
-    "chat-disposition-notification-to-self",
-    "chat-webrtc-room",
     "chat-webrtc-accepted",
+    "chat-webrtc-room",
+    "list-id",
 )
-
-log = logging.getLogger("echobot")
 
 
 class Ignored(Exception):
@@ -161,32 +159,35 @@ class Bot:
             # the peer checks that we saw its very key
             autocrypt.field(peer.address, peer.cert, gossip=True),
         ]
-        with openpgp.temporary() as body:
-            body.write(f"Secure-Join: {step}".encode())
+        with _file_of(f"Secure-Join: {step}") as body:
             self._answer(peer, asked, lines, [mime.Piece(mime.PLAIN, body)])
 
     def _echo(self, peer: Peer, inner: mime.Fields, plain: IO[bytes]) -> str:
-        text: mime.Part | None = None
-        files: list[mime.Part] = []
-        for part in mime.parts(plain, inner):
-            if part.is_file:
-                files.append(part)
-            elif part.fields.content_type.kind == "text/plain" and text is None:
-                text = part
-        pieces: list[mime.Piece] = []
-        try:
-            if text is not None and mime.starts_with(plain, text, b"/help"):
-                pieces.append(mime.Piece(mime.PLAIN, mime.file_of(HELP.encode())))
-                files = []
-            elif text is not None:
-                pieces.append(mime.extract(plain, text))
-            pieces += [mime.extract(plain, part) for part in files]
-            if not any(piece.size for piece in pieces):
+        """Send back the text and the files.
+
+        A client sends a large file in a message of its own, after the text: both come back alike.
+        """
+        found = mime.parts(plain, inner)
+        texts = [part for part in found if part.is_text][:1]
+        files = [part for part in found if part.is_file and not _is_for_machines(part)]
+        with contextlib.ExitStack() as stack:
+            pieces: list[mime.Piece] = []
+            for part in texts + files:
+                content = stack.enter_context(openpgp.temporary())
+                for data in mime.decoded(plain, part):
+                    content.write(data)
+                if not content.tell():
+                    continue
+                pieces.append(mime.Piece(part.lines, content))
+                if part.is_text and mime.begins_with(content, b"/help"):
+                    pieces = [mime.Piece(mime.PLAIN, stack.enter_context(_file_of(HELP)))]
+                    break
+            if not pieces:
                 raise Ignored("nothing to echo")
-            self._answer(peer, inner, [], pieces)
-        finally:
-            for piece in pieces:
-                piece.content.close()
+            timer = inner.get("ephemeral-timer")
+            # an answer without it would switch it off
+            lines = [f"Ephemeral-Timer: {timer}"] if re.fullmatch("[0-9]{1,9}", timer) else []
+            self._answer(peer, inner, lines, pieces)
         return "message echoed"
 
     def _answer(
@@ -252,10 +253,21 @@ def _check_is_chat(inner: mime.Fields) -> None:
         raise Ignored("not of a chat")
     if inner.content_type.kind == "multipart/report":
         raise Ignored("report")
-    if inner.get("chat-post-message-id"):
-        raise Ignored("announcement of a large message")
     if inner.disposition == "reaction" or any(inner.get(name) for name in _SILENT):
         raise Ignored("nothing to echo")
+    if inner.get("chat-content") not in ("", "sticker"):
+        raise Ignored("nothing to echo")
+
+
+def _is_for_machines(part: mime.Part) -> bool:
+    shown = part.fields.get("content-disposition") + part.fields.get("content-type")
+    return any(name in shown for name in _MACHINES)
+
+
+def _file_of(text: str) -> IO[bytes]:
+    file = openpgp.temporary()
+    file.write(text.encode())
+    return file
 
 
 def _same(given: str, wanted: str) -> bool:

@@ -150,5 +150,5 @@ class Session:
 
     @staticmethod
     def _check(line: bytes) -> None:
-        if line.split(b" ", 2)[1] != b"OK":
+        if line.split()[1:2] != [b"OK"]:
             raise ImapError("command refused")

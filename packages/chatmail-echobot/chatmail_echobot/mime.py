@@ -25,6 +25,8 @@ MAX_PARTS = 30
 MAX_DEPTH = 4
 CHUNK = 65536  # octets; longer lines are read in pieces
 
+PLAIN = ("Content-Type: text/plain; charset=utf-8",)
+_KEPT = ("content-type", "content-disposition")
 TEXT = ContentType("text/plain", {})  # what has no Content-Type, or a broken one
 _BEGIN, _END = b"-----BEGIN PGP MESSAGE-----", b"-----END PGP MESSAGE-----"
 
@@ -67,10 +69,24 @@ class Part:
 
     @property
     def is_file(self) -> bool:
-        """Whether it is shown as a file, not as text."""
-        return self.fields.disposition == "attachment" or bool(
-            self.fields.content_type.parameters.get("name")
+        """Whether it is shown as a file."""
+        content_type = self.fields.content_type
+        return (
+            not content_type.kind.startswith("text/")
+            or "name" in content_type.parameters
+            or self.fields.disposition == "attachment"
         )
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is text that somebody wrote."""
+        return self.fields.content_type.kind == "text/plain" and not self.is_file
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The header lines that say what it is and what it is called, not how it is encoded."""
+        kept = [f"{name}: {value}" for name, value in self.fields.items if name in _KEPT]
+        return tuple(kept) if self.is_file else PLAIN
 
 
 def read_fields(file: IO[bytes], limit: int = MAX_HEADER) -> Fields:
@@ -182,9 +198,7 @@ def copy_armor(source: IO[bytes], target: IO[bytes]) -> None:
 
 # --- writing ----------------------------------------------------------------------------------------
 
-PLAIN = ("Content-Type: text/plain; charset=utf-8",)
 _MESSAGE_ID = re.compile(r"<[!-;=?-~]{1,250}>\Z")
-_KEPT = ("content-type", "content-disposition", "content-description")
 
 
 @dataclass(frozen=True)
@@ -194,36 +208,16 @@ class Piece:
     lines: tuple[str, ...]
     content: IO[bytes]
 
-    @property
-    def size(self) -> int:
-        """Octets of the content."""
-        return self.content.seek(0, 2)
-
 
 def is_message_id(text: str) -> bool:
     """Whether *text* is one plain message id."""
     return bool(_MESSAGE_ID.match(text))
 
 
-def file_of(content: bytes) -> IO[bytes]:
-    """A file with *content*."""
-    file = openpgp.temporary()
-    file.write(content)
-    return file
-
-
-def extract(file: IO[bytes], part: Part) -> Piece:
-    """*part* decoded, as a piece that shows it by the same name and type."""
-    content = openpgp.temporary()
-    for data in decoded(file, part):
-        content.write(data)
-    lines = [f"{name}: {value}" for name, value in part.fields.items if name in _KEPT]
-    return Piece(tuple(lines) if part.is_file else PLAIN, content)
-
-
-def starts_with(file: IO[bytes], part: Part, words: bytes) -> bool:
-    """Whether the text of *part* begins with *words*."""
-    return next(decoded(file, part), b"").lstrip()[: len(words)].lower() == words
+def begins_with(file: IO[bytes], words: bytes) -> bool:
+    """Whether the text in *file* begins with *words* in lower or upper case."""
+    file.seek(0)
+    return file.read(CHUNK).lstrip()[: len(words)].lower() == words
 
 
 def _write_lines(target: IO[bytes], lines: Sequence[str]) -> None:

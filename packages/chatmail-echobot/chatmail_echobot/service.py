@@ -11,8 +11,6 @@ import logging
 import time
 from collections.abc import Callable
 
-from chatmaild.activation import notify
-
 from chatmail_echobot import imap, smtp
 from chatmail_echobot.bot import Bot, Ignored
 from chatmail_echobot.settings import Settings
@@ -57,7 +55,6 @@ class Service:
                     session.login(self._identity.address, self._identity.password)
                     session.select()
                     log.info("logged in")
-                    notify("READY=1")
                     pause = pauses()
                     self._serve(session)
             except (OSError, imap.ImapError) as error:

@@ -39,4 +39,5 @@ def read_settings(path: str | os.PathLike[str] = PATH) -> Settings:
         )
     except (OSError, ValueError, KeyError, configparser.Error) as error:
         remedy = "Run chatmail-relay status; chatmail-relay apply writes this file"
-        raise SettingsError(f"{path}: {error}. {remedy}") from error
+        what = str(error).partition("\n")[0]
+        raise SettingsError(f"{path}: {what}. {remedy}") from error

@@ -84,6 +84,7 @@ def test_the_own_iroh_relay_is_announced_unless_another_or_none_is_wanted(text, 
         ("turn_port_range", "50000-65536", "not a range of ports"),
         ("turn_port_range", "1024-65535", "includes 3478"),
         ("mtail_address", "a b", "not an address"),
+        ("echobot_name", "Echo Bot", "not a name before the @"),
         ("max_mailbox_sise", "1G", "unknown setting"),
     ],
 )

@@ -17,8 +17,6 @@ from typing import IO
 from chatmaild.filtermail import transfer
 from chatmaild.filtermail.mime import ContentType, MimeError, parse_content_type
 
-from chatmail_echobot import openpgp
-
 MAX_HEADER = 131072  # octets
 MAX_FIELDS = 500
 MAX_PARTS = 30

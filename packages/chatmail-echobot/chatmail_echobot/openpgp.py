@@ -16,7 +16,6 @@ import resource
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO
 
 PROGRAM = "/usr/bin/rsop"
@@ -91,9 +90,9 @@ def generate(user_id: str) -> bytes:
     Its primary key both certifies and signs, because clients verify with that one alone; as it does
     not claim SEIPD version 2, clients use version 1, which every OpenPGP program of Debian reads.
     """
-    with temporary() as nothing:
-        with _run(["generate-key", "--profile=draft-koch-eddsa-for-openpgp-00", user_id], nothing) as out:
-            return out.read()
+    profile = "--profile=draft-koch-eddsa-for-openpgp-00"
+    with temporary() as nothing, _run(["generate-key", profile, user_id], nothing) as out:
+        return out.read()
 
 
 def extract_cert(key: bytes) -> bytes:
@@ -160,8 +159,3 @@ def from_base64(text: str) -> bytes:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise OpenPGPError("not base64") from error
-
-
-def program_is_there() -> bool:
-    """Whether rsop is installed."""
-    return Path(PROGRAM).exists()

@@ -35,7 +35,7 @@ def read_settings(path: str | os.PathLike[str] = PATH) -> Settings:
         return Settings(
             section["address"].lower(),
             Path(section["mailboxes_dir"]),
-            section.getint("max_message_size"),
+            int(section["max_message_size"]),
         )
     except (OSError, ValueError, KeyError, configparser.Error) as error:
         remedy = "Run chatmail-relay status; chatmail-relay apply writes this file"

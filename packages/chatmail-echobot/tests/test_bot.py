@@ -166,7 +166,9 @@ def test_automatic_outside_own_and_unencrypted_mail_gets_no_answer(bot, me, alic
     assert outbox.answers == []
 
 
-def test_a_message_counts_only_with_a_signature_by_the_key_it_brings(bot, me, alice, mallory, outbox):
+def test_a_message_counts_only_with_a_signature_by_the_key_it_brings(
+    bot, me, alice, mallory, outbox
+):
     cases = [
         # mallory signs what claims to be of alice
         alice.encrypted(me, alice.chat(body=b"x"), signer=mallory.key),

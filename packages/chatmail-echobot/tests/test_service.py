@@ -93,7 +93,9 @@ def test_a_refused_login_says_so():
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(
-        st.sampled_from([b"* OK\r\n", b"a1 OK\r\n", b"+\r\n", b"{9}\r\n", b"* 1 FETCH (", b"a1 \r\n"])
+        st.sampled_from(
+            [b"* OK\r\n", b"a1 OK\r\n", b"+\r\n", b"{9}\r\n", b"* 1 FETCH (", b"a1 \r\n"]
+        )
         | st.binary(max_size=20),
         max_size=8,
     ).map(b"".join)

@@ -183,6 +183,17 @@ def test_nothing_of_anybody_stays_in_mailbox_and_log(bot, joined):
     assert bot.exec("find", STATE, "-mindepth", "1").out.count("\n") == 4
 
 
+def test_a_removal_keeps_the_contacts_for_the_next_installation(bot, joined):
+    alice, chat = joined
+    link = shown(bot, "invite")
+    bot.sh(f"apt-get remove -q --yes {PACKAGE}", timeout=120)
+    assert not bot.exec("systemctl", "is-active", UNIT, check=False).ok
+    assert not bot.exec("test", "-e", "/etc/chatmail/echobot", check=False).ok
+    bot.sh(f"apt-get install -q --yes --no-install-recommends {PACKAGE}", timeout=120)
+    echo(alice, chat, "after a removal")
+    assert shown(bot, "invite") == link
+
+
 def test_purging_the_package_leaves_nothing(bot):
     bot.sh(f"apt-get purge -q --yes {PACKAGE}", timeout=120)
     named = bot.exec("find", "/etc", "/usr", "/var/lib", "-xdev", "-iname", "*echobot*").out

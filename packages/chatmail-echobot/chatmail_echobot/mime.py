@@ -26,6 +26,7 @@ CHUNK = 65536  # octets; longer lines are read in pieces
 PLAIN = ("Content-Type: text/plain; charset=utf-8",)
 _KEPT = ("content-type", "content-disposition")
 TEXT = ContentType("text/plain", {})  # what has no Content-Type, or a broken one
+_CONTROL = re.compile("[\0-\x1f\x7f]")  # what could end a line is in no value
 _BEGIN, _END = b"-----BEGIN PGP MESSAGE-----", b"-----END PGP MESSAGE-----"
 
 
@@ -89,22 +90,21 @@ class Part:
 
 def read_fields(file: IO[bytes], limit: int = MAX_HEADER) -> Fields:
     """Read a header from where *file* stands up to and with the empty line, or the end."""
-    items: list[tuple[str, str]] = []
+    items: list[tuple[str, list[str]]] = []
     size = 0
     while True:
         line = file.readline(limit)
         size += len(line)
         if size >= limit or len(items) > MAX_FIELDS:
             raise MimeError("header too long")
-        text = line.decode("utf-8", "replace").rstrip("\r\n")
-        if not text:
-            return Fields(tuple((name, value.strip()) for name, value in items))
-        if text[0] in " \t" and items:
-            items[-1] = (items[-1][0], items[-1][1] + " " + text.strip())
-            continue
+        text = _CONTROL.sub(" ", line.decode("utf-8", "replace").rstrip("\r\n"))
         name, colon, value = text.partition(":")
-        if colon:
-            items.append((name.strip().lower(), re.sub("[\0-\x1f\x7f]", " ", value)))
+        if not text:
+            return Fields(tuple((name, " ".join(lines).strip()) for name, lines in items))
+        if text[0] == " " and items:
+            items[-1][1].append(text.strip())
+        elif colon:
+            items.append((name.strip().lower(), [value.strip()]))
 
 
 def parts(file: IO[bytes], fields: Fields) -> list[Part]:

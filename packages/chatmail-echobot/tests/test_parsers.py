@@ -60,6 +60,12 @@ def test_parts_of_nested_multiparts_are_found_in_order():
 
 
 @given(LINES)
+def test_no_value_can_end_a_line(data):
+    for name, value in mime.read_fields(io.BytesIO(data + b" \rx: y\n\n")).items:
+        assert not any(ord(char) < 32 for char in name + value)
+
+
+@given(LINES)
 def test_any_message_has_parts_within_itself_or_is_refused(data):
     file = io.BytesIO(data)
     try:
@@ -120,10 +126,11 @@ def test_our_key_makes_clients_write_what_everybody_reads(me):
     assert subpackets[flags][0] & 3 == 3 and features not in subpackets
 
 
-def test_a_decompression_bomb_ends_rsop_and_not_us(me, alice, monkeypatch):
-    monkeypatch.setattr(openpgp, "MAX_OUTPUT", 1 << 20)
+@pytest.mark.parametrize("limit", ["MAX_OUTPUT", "MAX_MEMORY"])
+def test_what_takes_too_much_ends_rsop_and_not_us(me, alice, monkeypatch, limit):
     with openpgp.temporary() as plain:
-        plain.write(bytes(2 << 20))
+        plain.write(bytes(24 << 20))
         plain.seek(0)
-        with pytest.raises(openpgp.OpenPGPError):
+        monkeypatch.setattr(openpgp, limit, 32 << 20)
+        with pytest.raises(openpgp.OpenPGPError, match="rsop encrypt: status"):
             openpgp.encrypt(plain, alice.key, me.cert)

@@ -100,10 +100,14 @@ def write(top, name, text):
 def base(top):
     """A source in which every gate passes."""
     write(top, "pyproject.toml", (ROOT / "pyproject.toml").read_text())
-    for package in ("packages/chatmaild/src/chatmaild", "packages/chatmail-relay/chatmail_relay"):
+    for package in (
+        "packages/chatmaild/src/chatmaild",
+        "packages/chatmail-relay/chatmail_relay",
+        "packages/chatmail-echobot/chatmail_echobot",
+        "tests/lab",
+        "tools/chatmail_build",
+    ):
         write(top, f"{package}/__init__.py", SPDX)
-    write(top, "tools/chatmail_build/__init__.py", SPDX)
-    write(top, "tests/lab/__init__.py", SPDX)
     write(top, "tools/ok", f"#!/bin/sh\n{SPDX}true\n")
     write(top, "debian/control", CONTROL)
     for name in ("debian/changelog", "debian/copyright", "debian/rules"):

@@ -157,10 +157,10 @@ def mypy(source: Source) -> list[str]:
     """Python: types, against the library versions of Debian."""
     # One run for each import root, as modules of different roots may have the same name.
     script = """
-    export MYPYPATH=packages/chatmaild/src:packages/chatmail-relay:tools:tests
+    export MYPYPATH=packages/chatmaild/src:packages/chatmail-relay:packages/chatmail-echobot:tools:tests
     cache=--cache-dir=/tmp/mypy
     status=0
-    for package in chatmaild chatmail_relay chatmail_build lab; do
+    for package in chatmaild chatmail_relay chatmail_echobot chatmail_build lab; do
         mypy $cache --no-error-summary -p $package || status=1
     done
     for program in tools/*; do
@@ -230,7 +230,7 @@ def units(source: Source) -> list[str]:
     grep -rhoE '^Exec[A-Za-z]+=[-+!:@]*/usr/s?bin/[^ ]+' /usr/lib/systemd/system |
         sed 's|^[^/]*||' | sort -u |
         while read -r program; do [ -e "$program" ] || install -m 755 /bin/true "$program"; done
-    for deb in /debs/chatmail-relay_*.deb /debs/chatmail-*-conf_*.deb; do
+    for deb in /debs/chatmail-*.deb; do
         dpkg-deb --contents $deb
     done | sed -n 's|.* \./usr/lib/systemd/system/\([^/]*\.[a-z]*\)$|\1|p' >/tmp/units
     [ -s /tmp/units ] || { echo 'no units in the packages'; exit 1; }

@@ -109,6 +109,7 @@ def test_notifications_go_encrypted_or_to_loopback_or_nowhere(url):
         ("turn_port_range", "50000-65536", "not a range of ports"),
         ("turn_port_range", "1024-65535", "includes 3478"),
         ("mtail_address", "a b", "not an address"),
+        ("echobot_name", "Echo Bot", "not a name before the @"),
         ("max_mailbox_sise", "1G", "unknown setting"),
     ],
 )

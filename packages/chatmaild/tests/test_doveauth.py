@@ -70,6 +70,13 @@ def test_policy_refuses(config, address, password, reason):
     assert password not in str(caught.value) and "alice" not in str(caught.value)
 
 
+def test_the_name_of_the_echo_bot_is_for_nobody_else(tmp_path):
+    text = "[params]\nmail_domain = chat.example\nusername_min_length = 3\n" + INI
+    config = read_settings("test.ini", text)[0]
+    with pytest.raises(Refused, match="reserved"):
+        Policy(config).check("echo@chat.example", "longenough")
+
+
 def test_the_flag_closes_the_relay(config, tmp_path):
     (tmp_path / "nocreate").touch()
     with pytest.raises(Refused, match="blocked account creation because .*nocreate' exists"):

@@ -162,6 +162,12 @@ def _address(text: str) -> str:
     return text
 
 
+def _username(text: str) -> str:
+    if not re.match(r"[a-z0-9_-][a-z0-9._-]{0,63}\Z", text):
+        raise _Invalid("not a name before the @", 'Write a short name such as "echo"')
+    return text
+
+
 def _senders(text: str) -> list[str]:
     for item in text.split():
         if not is_address(item):
@@ -430,6 +436,12 @@ class Config:
         _host,
         "",
         "Address of mtail's port 3903, if chatmail-mtail-conf is installed; else loopback.",
+    )
+    echobot_name: str = _setting(
+        _username,
+        "echo",
+        'What stands before the "@" in the address of the echo bot, if chatmail-echobot is '
+        "installed. Nobody else gets it.",
     )
     imap_rawlog: bool = _setting(
         _boolean, "false", "Keep what clients say in *.in and *.out files. For debugging only."

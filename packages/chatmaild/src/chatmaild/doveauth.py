@@ -106,7 +106,7 @@ class Policy:
             raise Refused("address", f"localpart has to be between {low} and {high} chars long")
         if not _USERNAME.match(user):
             raise Refused("address", "localpart contains invalid characters")
-        if user in RESERVED:
+        if user in RESERVED or user == config.echobot_name:
             raise Refused("address", "localpart is reserved")
         self.check_machine()
 

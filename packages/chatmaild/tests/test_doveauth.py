@@ -310,7 +310,7 @@ def test_the_mailboxes_are_counted(start_service, tmp_path):
     MailStore(tmp_path / "mail").create("alice1234@chat.example", "secret")
     service = start_service("chatmaild.doveauth", [*NAMES, "metrics"], INI, ALWAYS)
     deadline = time.monotonic() + 10
-    while b"chatmail_accounts 1" not in service.ask("metrics", b""):
+    while b"chatmail_mailboxes 1" not in service.ask("metrics", b""):
         assert time.monotonic() < deadline
 
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: MIT
 """The collector as a process: its sources are sockets and files in a temporary directory."""
 
+import re
 import socket
 import threading
 
 import pytest
 
-from chatmaild import export
+from chatmaild import doveauth, export, fsreport, metadata, metrics
+from chatmaild.filtermail import policy
 
 
 class Source:
@@ -69,6 +71,19 @@ def test_services_files_and_units_are_told_as_one(tmp_path, collector):
     assert 'chatmail_unit_memory_bytes{unit="chatmail-doveauth"} 4096' in lines
     assert 'chatmail_unit_cpu_seconds_total{unit="chatmail-doveauth"} 1.5' in lines
     assert "ssh" not in body and lines[-1] == "# EOF"
+
+
+def test_no_two_sources_have_a_metric_of_one_name():
+    services = (doveauth, metadata, policy)
+    ours = [
+        item.name
+        for service in services
+        for item in vars(service).values()
+        if isinstance(item, metrics.Metric)
+    ]
+    report = re.findall("^# TYPE ([a-z_]+) ", fsreport.as_textfile(fsreport.Report()), re.MULTILINE)
+    assert {"chatmail_accounts_created", "chatmail_accounts"} < {*ours, *report}
+    assert sorted(ours + report) == sorted({*ours, *report})
 
 
 def test_a_silent_source_and_a_dead_one_cost_the_others_nothing(tmp_path, collector):

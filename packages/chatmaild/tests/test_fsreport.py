@@ -3,7 +3,10 @@
 
 import json
 import os
+import signal
 import stat
+import subprocess
+import sys
 
 import pytest
 from mailstore import NOW, Box, make_box
@@ -129,6 +132,31 @@ def test_the_metrics_are_those_of_existing_relays_and_replaced_in_one_step(ini, 
         'chatmail_accounts_active{days="30"} 2',
     ]:
         assert f"\n{line}\n" in f"\n{text}"
+
+
+@pytest.mark.parametrize("step", ["fchmod", "replace"])
+def test_killed_while_it_writes_the_metrics_file_it_leaves_the_old_one_whole(
+    ini, store, tmp_path, step
+):
+    folder = tmp_path / "metrics"
+    folder.mkdir()
+    arguments = ["--config", str(ini), "--textfile", str(folder)]
+    assert fsreport.main(arguments) == 0
+    before = (folder / "fsreport.prom").read_text()
+    add(store, "alice", 1, size=MEGABYTE)
+    killed = (
+        "import os, signal, sys\n"
+        "from chatmaild import fsreport\n"
+        f"os.{step} = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "fsreport.main(sys.argv[1:])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", killed, *arguments], env=environment)
+    assert done.returncode == -signal.SIGKILL
+    assert [path.read_text() for path in folder.glob("*.prom")] == [before]
+    assert fsreport.main(arguments) == 0
+    assert os.listdir(folder) == ["fsreport.prom"]
+    assert (folder / "fsreport.prom").read_text() != before
 
 
 def test_a_metrics_file_that_cannot_be_written_is_an_error_and_leaves_nothing(ini, store, tmp_path):

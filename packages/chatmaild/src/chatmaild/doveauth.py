@@ -63,7 +63,7 @@ log = logging.getLogger("doveauth")
 
 CREATED = metrics.Counter("chatmail_accounts_created", "Addresses made at their first login.")
 REFUSED = metrics.Counter("chatmail_accounts_refused", "Addresses not made.", ("reason",))
-ACCOUNTS = metrics.Gauge("chatmail_accounts", "Mailboxes, counted every ten minutes.")
+ACCOUNTS = metrics.Gauge("chatmail_mailboxes", "Mailboxes, counted every ten minutes.")
 
 
 class Refused(Exception):

@@ -25,7 +25,7 @@ from chatmaild.openmetrics import merge
 
 RUN = Path("/run/chatmail")
 DOVECOT = Path("/run/dovecot/metrics")
-FILES = Path("/var/lib/chatmail/metrics")
+FILES = Path("/var/lib/chatmail/report")  # where chatmail-fsreport.service writes
 UNITS = Path("/sys/fs/cgroup/system.slice")
 UNIT_NAMES = re.compile(
     r"(chatmail-[a-z-]+|coturn|dovecot|nginx|opendkim|postfix|unbound)\.service\Z"

@@ -245,6 +245,75 @@ def test_a_key_is_remembered_as_long_as_the_dns_says():
     assert counts == [1, 1, 2]
 
 
+def test_an_old_key_is_asked_for_once_more_but_not_for_every_message():
+    now = [0.0]
+    records = [record_of(ED25519).decode(), "v=DKIM1; p="]
+
+    def answer(query, tcp):
+        return respond(query, txt(records[0], ttl=10**6))
+
+    async def step(store, resolver):
+        assert not store.may_refresh((NAME,))  # nothing is known that could be old
+        await store.get(NAME)
+        now[0] = keys.REFRESH_AFTER - 1
+        assert not store.may_refresh((NAME,))
+        now[0] = keys.REFRESH_AFTER + 1
+        del records[0]  # the key is withdrawn
+        assert store.may_refresh((NAME,))
+        assert len(await store.get(NAME)) == 1
+        assert await store.refresh((NAME,)) == {NAME: ()}
+        return len(resolver.questions)
+
+    assert serve(answer, step, lambda: now[0]) == 2
+
+
+def test_a_flood_of_doubts_costs_one_question_a_name_and_interval():
+    """Whether the resolver says the same again or nothing at all."""
+    now = [0.0]
+
+    async def step(store, resolver):
+        await store.get(NAME)
+        for now[0] in (100, 100 + keys.REFRESH_AFTER / 2, 200, 1000, 1001):
+            for _ in range(50):
+                if store.may_refresh((NAME,)):
+                    found = await asyncio.gather(*(store.refresh((NAME,)) for _ in range(20)))
+                    assert all(len(answers[NAME]) == 1 for answers in found)
+        return len(resolver.questions)
+
+    answer = lambda q, t: respond(q, txt(RECORD, ttl=10**6)) if now[0] < 1000 else None  # noqa: E731
+    assert serve(answer, step, lambda: now[0], timeout=0.2) == 4
+
+
+def test_who_doubts_while_the_question_is_under_way_waits_for_its_answer():
+    now = [0.0]
+    records = [RECORD, "v=DKIM1; p="]
+
+    async def step(store, resolver):
+        await store.get(NAME)
+        now[0] = keys.REFRESH_AFTER
+        first = asyncio.create_task(store.refresh((NAME,)))
+        await asyncio.wait([first], timeout=0)
+        assert store.may_refresh((NAME,))
+        del records[0]
+        assert await store.refresh((NAME,)) == await first == {NAME: ()}
+        return len(resolver.questions)
+
+    assert serve(lambda q, t: respond(q, txt(records[0])), step, lambda: now[0]) == 2
+
+
+def test_a_new_key_that_is_not_to_be_remembered_replaces_the_old_one_all_the_same():
+    now = [0.0]
+
+    async def step(store, resolver):
+        await store.get(NAME)
+        now[0] = keys.REFRESH_AFTER
+        assert len((await store.refresh((NAME,)))[NAME]) == 1
+        return len(store)
+
+    answer = lambda q, t: respond(q, txt(RECORD, ttl=0 if now[0] else 999))  # noqa: E731
+    assert serve(answer, step, lambda: now[0]) == 0
+
+
 def test_no_key_is_remembered_briefly_and_failure_not_at_all():
     now = [0.0]
     soa = dns.rrset.from_text("a.example.", 9999, "IN", "SOA", "a. b. 1 2 3 4 9999")

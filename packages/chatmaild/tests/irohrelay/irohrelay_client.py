@@ -137,11 +137,13 @@ class Client(Wire):
         self.send(4, key + (b"" if self.kind in LEGACY else b"\0") + contents)
 
     def receive(self):
-        """The next frame, as type and payload; raises Closed."""
+        """The next frame, as type and payload, past WebSocket's own pongs; raises Closed."""
         if self.kind == "legacy":
             kind, length = struct.unpack(">BI", self.read(5))
             return kind, self.read(length)
         opcode, payload = self.receive_websocket()
+        while opcode == 10:
+            opcode, payload = self.receive_websocket()
         if opcode == 8:
             raise Closed(payload)
         assert opcode == 2

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Every bound, exceeded: what it costs the relay, what the peer hears, that others go on."""
 
+import itertools
 import struct
 import threading
 import time
@@ -163,11 +164,22 @@ def test_who_sends_more_than_its_rate_waits_and_others_do_not(start_relay):
     assert answered < 0.5
 
 
-def test_small_frames_are_not_cheaper(start_relay):
+# what begins, what is sent many times, what ends
+SMALL = {
+    "frames": (b"", masked(0x82, b"\x7f"), b""),
+    "pings": (b"", masked(0x89, b""), b""),
+    "pongs": (b"", masked(0x8A, b""), b""),
+    "fragments": (masked(0x02, b"\x7f"), masked(0x00, b""), masked(0x80, b"")),
+}
+
+
+@pytest.mark.parametrize("kind, what", [("legacy", None), *itertools.product(CURRENT, SMALL)])
+def test_small_frames_are_not_cheaper(start_relay, kind, what):
+    first, small, last = SMALL.get(what, (b"", struct.pack(">BI", 6, 0), b""))
     relay = start_relay("service.RATE = 500_000; service.BURST = 100_000")
-    client = relay.client("legacy")
+    client = relay.client(kind)
     begin = time.monotonic()
-    client.sock.sendall(client.frame(6, b"") * 2000)  # 10 kB, counted as 522 kB
+    client.sock.sendall(first + small * 2000 + last)  # 14 kB at most, counted as 522 kB
     client.sync()
     client.sync()
     assert time.monotonic() - begin > 0.7

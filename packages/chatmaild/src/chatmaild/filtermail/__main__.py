@@ -21,7 +21,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,7 +29,7 @@ from chatmaild import metrics
 from chatmaild.activation import ActivationError, listen_sockets, notify, setup_logging
 from chatmaild.config import DEFAULT_PATH, Config, ConfigError, read_config
 from chatmaild.filtermail import dkim, milter, policy
-from chatmaild.filtermail.keys import KeyStore
+from chatmaild.filtermail.keys import Keys, KeyStore
 from chatmaild.filtermail.limiter import Limiter
 from chatmaild.users import MailStore
 
@@ -211,17 +211,26 @@ class _Connection(asyncio.BufferedProtocol):
             return
         wanted = self._session.wanted
         if wanted is not None:
-            known = self._server.keys.cached(wanted)
+            store = self._server.keys
+            known = store.cached(wanted)
+            lookup = store.get_all
             if known is not None:
-                self._send(self._session.answer, known)
-                return
-            self._lookup = self._loop.create_task(self._fetch(wanted))
+                # a peer's key may be a new one: ask again before its mail is refused for good
+                if not store.may_refresh(wanted) or self._session.keys_suffice(known):
+                    self._send(self._session.answer, known)
+                    return
+                lookup = store.refresh
+            self._lookup = self._loop.create_task(self._fetch(lookup, wanted))
         self._update_reading()
 
-    async def _fetch(self, names: tuple[str, ...]) -> None:
-        keys: dict[str, tuple[dkim.KeyRecord, ...] | None]
+    async def _fetch(
+        self,
+        lookup: Callable[[tuple[str, ...]], Coroutine[None, None, dict[str, Keys | None]]],
+        names: tuple[str, ...],
+    ) -> None:
+        keys: dict[str, Keys | None]
         try:
-            keys = await self._server.keys.get_all(names)
+            keys = await lookup(names)
         except Exception as error:  # a bug: the sender tries again later
             log.error("DKIM key lookup: %s", type(error).__name__)
             keys = dict.fromkeys(names)

@@ -4,6 +4,9 @@
 resolver.py asks; this remembers. A name has one of three states: usable keys, none (no such name, no
 usable record: cached briefly), or unknown (SERVFAIL, time-out, too many questions at a time: never
 cached, the sender tries again).
+
+A peer may have exchanged its key while the old one is cached. Who finds no valid signature with old
+keys asks once more, at most once in REFRESH_AFTER for each name: forged mail causes no more questions.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from chatmaild.filtermail.dkim import DkimError, KeyRecord, parse_key_record
@@ -23,6 +26,7 @@ MAX_WAITING = 256
 MAX_ENTRIES = 1000
 MAX_TTL = 86400  # seconds
 NEGATIVE_TTL = 60
+REFRESH_AFTER = 60.0  # seconds since a name was asked for
 MAX_RECORDS = 3  # TXT records considered at one name
 
 Keys = tuple[KeyRecord, ...]
@@ -35,6 +39,7 @@ class LookupFailed(Exception):
 class _Entry(NamedTuple):
     keys: Keys
     expires: float
+    asked: float
 
 
 class KeyStore:
@@ -69,7 +74,36 @@ class KeyStore:
 
     async def get_all(self, names: tuple[str, ...]) -> dict[str, Keys | None]:
         """The keys of each of *names*; None where the DNS could not say."""
-        results = await asyncio.gather(*map(self.get, names), return_exceptions=True)
+        return await self._gather(self.get, names)
+
+    def may_refresh(self, names: tuple[str, ...]) -> bool:
+        """Whether `refresh` may tell something new of one of *names*: it was asked for long ago."""
+        return any(map(self._is_old, names))
+
+    async def refresh(self, names: tuple[str, ...]) -> dict[str, Keys | None]:
+        """As get_all, but asks anew where that is allowed; what the DNS cannot say stays as it was."""
+        return await self._gather(self._get_anew, names)
+
+    def _is_old(self, name: str) -> bool:
+        entry = self._cache.get(name)
+        if entry is None:
+            return False
+        return name in self._running or entry.asked + REFRESH_AFTER <= self._clock()
+
+    async def _get_anew(self, name: str) -> Keys:
+        if not self._is_old(name):
+            return await self.get(name)
+        entry = self._cache[name]
+        self._cache[name] = entry._replace(asked=self._clock())
+        try:
+            return await self._ask(name)
+        except LookupFailed:
+            return entry.keys
+
+    async def _gather(
+        self, get: Callable[[str], Awaitable[Keys]], names: tuple[str, ...]
+    ) -> dict[str, Keys | None]:
+        results = await asyncio.gather(*map(get, names), return_exceptions=True)
         answers: dict[str, Keys | None] = {}
         for name, result in zip(names, results, strict=True):
             if isinstance(result, LookupFailed):
@@ -85,6 +119,9 @@ class KeyStore:
         known = self.cached((name,))
         if known is not None:
             return known[name] or ()
+        return await self._ask(name)
+
+    async def _ask(self, name: str) -> Keys:
         task = self._running.get(name)
         if task is None:
             if len(self._running) >= MAX_QUESTIONS + MAX_WAITING:
@@ -111,9 +148,9 @@ class KeyStore:
             raise LookupFailed(str(error)) from None
         keys = _usable(records)
         ttl = min(ttl, MAX_TTL if keys else NEGATIVE_TTL)
+        self._cache.pop(name, None)
         if ttl > 0:
-            self._cache[name] = _Entry(keys, self._clock() + ttl)
-            self._cache.move_to_end(name)
+            self._cache[name] = _Entry(keys, self._clock() + ttl, self._clock())
             while len(self._cache) > MAX_ENTRIES:
                 self._cache.popitem(last=False)
         return keys

@@ -152,6 +152,9 @@ class Handler(Protocol):
     def end_of_message(self) -> Verdict | tuple[str, ...]:
         """The verdict, or the domain names of the DKIM keys it depends on."""
 
+    def keys_suffice(self, keys: Keys) -> bool:
+        """Whether the message passes with these keys, so that newer ones need not be asked for."""
+
     def keys(self, keys: Keys) -> Verdict:
         """The verdict with the keys asked for; None: the DNS could not say."""
 
@@ -236,6 +239,10 @@ class Session:
         except ProtocolError:
             self._close()
         return b"".join(out)
+
+    def keys_suffice(self, keys: Keys) -> bool:
+        """Whether the message that waits passes with these keys; nothing is decided yet."""
+        return bool(self._call(self._handler.keys_suffice, keys))
 
     def answer(self, keys: Keys) -> bytes:
         """The keys that `wanted` asked for; returns the octets to send."""

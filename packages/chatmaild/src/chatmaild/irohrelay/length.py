@@ -18,6 +18,7 @@ class LengthFraming:
 
     def __init__(self) -> None:
         self._buffer = bytearray()
+        self.count = 0
 
     def wrap(self, kind: int, *parts: bytes) -> bytes:
         """The octets of one frame."""
@@ -39,4 +40,5 @@ class LengthFraming:
             offset = start + length
             frames.append((kind, bytes(buffer[start:offset])))
         del buffer[:offset]
+        self.count = len(frames)
         return frames

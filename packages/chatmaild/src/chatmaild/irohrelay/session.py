@@ -67,7 +67,7 @@ class Session:
     # what the shell calls
 
     def receive(self, data: bytes, now: float) -> int:
-        """Handle octets of the peer; returns how many frames they completed."""
+        """Handle octets of the peer; returns how many frames they completed, of the framing's own too."""
         try:
             if self._requests is not None:
                 requests = self._requests
@@ -77,15 +77,15 @@ class Session:
                     return 0
                 self._requests, data = None, requests.take_rest()
             frames = self._framing.receive(data)
-            if self._framing.replies:
-                self._link.send(self._framing.replies)
+            if replies := self._framing.replies:
+                self._link.send(replies)
             for frame in frames:
                 self._handle(frame, now)
                 if self.closed:
                     break
             if self._framing.closed:
                 self.close()
-            return len(frames)
+            return self._framing.count
         except BadRequest as error:
             self._answer(error.status, str(error))
         except FramingError as error:

@@ -68,8 +68,14 @@ class WebSocketFraming:
     def __init__(self) -> None:
         self._buffer = bytearray()
         self._message: bytearray | None = None  # the fragments so far
-        self.replies = b""  # to send as it is: answers to pings and to a close
+        self._replies: list[bytes] = []
+        self.count = 0  # frames of any opcode that the last octets completed
         self.closed = False
+
+    @property
+    def replies(self) -> bytes:
+        """What the framing itself answers to the last octets, to send as it is."""
+        return b"".join(self._replies)
 
     def wrap(self, kind: int, *parts: bytes) -> bytes:
         """The octets of one frame."""
@@ -78,10 +84,11 @@ class WebSocketFraming:
     def receive(self, data: bytes) -> list[tuple[int, bytes]]:
         """The frames that *data* completes, as type and payload; raises FramingError.
 
-        Afterwards `replies` holds what the framing itself has to answer, and `closed` says whether
-        the peer has ended the connection.
+        Afterwards `replies` holds the answers to pings and to a close, `count` the frames that were
+        parsed, whatever they are, and `closed` says whether the peer has ended the connection.
         """
-        self.replies = b""
+        self._replies.clear()
+        self.count = 0
         buffer = self._buffer
         buffer += data
         frames: list[tuple[int, bytes]] = []
@@ -94,6 +101,7 @@ class WebSocketFraming:
             payload = _unmask(buffer[mask + 4 : end], buffer[mask : mask + 4])
             message = self._take(buffer[offset], payload)
             offset = end
+            self.count += 1
             if message is not None:
                 frames.append((message[0], message[1:]))
         del buffer[:offset]
@@ -127,12 +135,12 @@ class WebSocketFraming:
         """Handle one frame; the message it completes, if it is a binary one."""
         opcode, final = first & 0x0F, bool(first & 0x80)
         if opcode == PING:
-            self.replies += _pack(PONG, payload)
+            self._replies.append(_pack(PONG, payload))
             return None
         if opcode == PONG:
             return None
         if opcode == CLOSE:
-            self.replies += _pack(CLOSE, payload[:2])
+            self._replies.append(_pack(CLOSE, payload[:2]))
             self.closed = True
             return None
         if opcode == CONTINUATION:

@@ -316,22 +316,22 @@ def test_the_web_site_behind_tls(mail, lab):
 def test_without_the_filter_no_mail_is_taken(mail, relay, alice, bob):
     sockets = [f"chatmail-filtermail-{name}.socket" for name in ("outgoing", "incoming", "sign")]
     relay.exec("systemctl", "stop", *sockets, "chatmail-filtermail.service")
+    marks = []
     try:
-        for account, port in ((alice, 465), (None, 25)):
+        for account, port in ((None, 25), (alice, 465), (alice, 587), (alice, 443)):
             message = encrypted(alice.address, bob.address)
-            try:
+            marks.append(re.search(rb"Message-ID: (<.*>)", message)[1])
+            with pytest.raises(smtplib.SMTPResponseException) as refused:
                 with mail.smtp(account, port) as session:
-                    code = mail.send(session, alice.address, [bob.address], message)[0]
-            except (
-                smtplib.SMTPConnectError,
-                smtplib.SMTPServerDisconnected,
-                smtplib.SMTPResponseException,
-            ) as error:
-                code = getattr(error, "smtp_code", 421)
-            assert 400 <= code < 500
+                    reply = mail.send(session, alice.address, [bob.address], message)
+                    raise smtplib.SMTPResponseException(*reply)
+            assert refused.value.smtp_code == 421, (port, refused.value)
     finally:
         relay.exec("systemctl", "start", *sockets, "chatmail-filtermail.service")
     wait_for(lambda: relay.exec("chatmail-relay", "status", check=False).ok, 30, "status")
+    assert alice.address not in relay.exec("postqueue", "-j").out
+    got = b"".join(mail.received(bob) + mail.received(alice))
+    assert [mark for mark in marks if mark in got] == []
 
 
 def test_one_client_holds_so_many_connections_and_others_still_get_in(mail, relay, lab):

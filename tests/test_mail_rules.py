@@ -7,12 +7,16 @@ import imaplib
 import re
 import selectors
 import smtplib
+import socket
+import ssl
 import time
 from pathlib import Path
 
 import pytest
 from conftest import DOMAIN
+from lab.mail import context
 from lab.messages import cleartext, encrypted
+from lab.network import inside
 from lab.shell import wait_for
 
 CORPUS = Path(__file__).resolve().parents[2] / "shared/corpus"
@@ -290,8 +294,6 @@ def test_the_web_site_behind_tls(mail, lab):
     import http.client
     import json
 
-    from lab.mail import context
-
     with lab.at_client():
         connection = http.client.HTTPSConnection(mail.host, context=context("http/1.1"), timeout=30)
         connection.connect()
@@ -314,22 +316,61 @@ def test_the_web_site_behind_tls(mail, lab):
 def test_without_the_filter_no_mail_is_taken(mail, relay, alice, bob):
     sockets = [f"chatmail-filtermail-{name}.socket" for name in ("outgoing", "incoming", "sign")]
     relay.exec("systemctl", "stop", *sockets, "chatmail-filtermail.service")
+    marks = []
     try:
-        for account, port in ((alice, 465), (None, 25)):
+        for account, port in ((None, 25), (alice, 465), (alice, 587), (alice, 443)):
             message = encrypted(alice.address, bob.address)
-            try:
+            marks.append(re.search(rb"Message-ID: (<.*>)", message)[1])
+            with pytest.raises(smtplib.SMTPResponseException) as refused:
                 with mail.smtp(account, port) as session:
-                    code = mail.send(session, alice.address, [bob.address], message)[0]
-            except (
-                smtplib.SMTPConnectError,
-                smtplib.SMTPServerDisconnected,
-                smtplib.SMTPResponseException,
-            ) as error:
-                code = getattr(error, "smtp_code", 421)
-            assert 400 <= code < 500
+                    reply = mail.send(session, alice.address, [bob.address], message)
+                    raise smtplib.SMTPResponseException(*reply)
+            assert refused.value.smtp_code == 421, (port, refused.value)
     finally:
         relay.exec("systemctl", "start", *sockets, "chatmail-filtermail.service")
     wait_for(lambda: relay.exec("chatmail-relay", "status", check=False).ok, 30, "status")
+    assert alice.address not in relay.exec("postqueue", "-j").out
+    got = b"".join(mail.received(bob) + mail.received(alice))
+    assert [mark for mark in marks if mark in got] == []
+
+
+def test_one_client_holds_so_many_connections_and_others_still_get_in(mail, relay, lab):
+    """For IPv6 those of one network of 64 bits, as all of the lab, are one client."""
+    neighbour = lab.place("neighbour", 21)
+
+    def connect(place, host, port=993):
+        with inside(place):
+            plain = socket.create_connection((host, port), 30)
+        return context().wrap_socket(plain)
+
+    def is_refused(place, host):
+        try:
+            connect(place, host).close()
+        except (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
+            return True
+        return False
+
+    before = relay.exec("chatmail-relay", "get", "max_connections_per_client").out.strip()
+    relay.exec("chatmail-relay", "set", "max_connections_per_client=5")
+    relay.exec("chatmail-relay", "apply")
+    held = []
+    try:
+        ipv4, ipv6 = relay.address, relay.namespace.ipv6
+        for host in (ipv4, ipv6):
+            held += [connect(lab.client, host, port) for port in (993, 443, 993, 443, 993)]
+        # from when on the workers with the new settings have taken over
+        wait_for(lambda: is_refused(lab.client, ipv4), 20, "a refusal")
+        wait_for(lambda: is_refused(lab.client, ipv6), 20, "a refusal by IPv6")
+        assert not is_refused(neighbour, ipv4)
+        assert is_refused(neighbour, ipv6)
+        held.pop().close()
+        wait_for(lambda: not is_refused(neighbour, ipv6), 20, "the place of who left")
+    finally:
+        for connection in held:
+            connection.close()
+        relay.exec("chatmail-relay", "set", f"max_connections_per_client={before}")
+        relay.exec("chatmail-relay", "apply")
+    wait_for(lambda: not is_refused(lab.client, ipv4), 20, "the settings as they were")
 
 
 def test_the_password_file_is_a_hash_and_private(mail, relay, alice):

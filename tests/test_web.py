@@ -6,17 +6,20 @@ import http.client
 import json
 import re
 import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from urllib.parse import quote
 
 import html5lib
 import pytest
 import zxingcpp
 from conftest import DOMAIN, measured
 from lab.browser import browser
-from lab.mail import TIMEOUT, context
+from lab.mail import TIMEOUT, Account, context
 from lab.shell import wait_for
 from PIL import Image, ImageStat
 
+NEW = ("/new", "/cgi-bin/newemail.py")
 PAGES = ("/", "/info.html", "/privacy.html")
 OVERRIDES = "/etc/chatmail/www"
 AUTOCONFIG = "/.well-known/autoconfig/mail/config-v1.1.xml"
@@ -39,9 +42,9 @@ class Answer:
 
 @pytest.fixture(scope="module")
 def get(lab, relay):
-    """get(path, host=..., plain=False, **headers): one request from the lab's client."""
+    """get(path, host=..., plain=False, method=..., **headers): one request from the lab's client."""
 
-    def get(path, host=DOMAIN, plain=False, **headers):
+    def get(path, host=DOMAIN, plain=False, method="GET", **headers):
         with lab.at_client():
             if plain:
                 connection = http.client.HTTPConnection(relay.address, 80, timeout=TIMEOUT)
@@ -51,7 +54,7 @@ def get(lab, relay):
                 )
             try:
                 names = {name.replace("_", "-"): value for name, value in headers.items()}
-                connection.request("GET", path, headers={"Host": host, **names})
+                connection.request(method, path, headers={"Host": host, **names})
                 response = connection.getresponse()
                 return Answer(response.status, response.headers, response.read())
             finally:
@@ -252,6 +255,31 @@ def test_an_invitation_holds_everything_for_a_real_client(get, chromium, delta):
     assert account.get_config("configured_addr") in code
 
 
+@pytest.mark.parametrize("path", NEW)
+def test_with_a_self_signed_certificate_a_new_address_holds_its_code(get, mail, path):
+    for method in ("GET", "POST"):
+        answer = get(path, method=method)
+        assert answer.status == 200
+        assert answer.headers["Content-Type"] == "application/json"
+        assert answer.headers.get_all("Cache-Control") == ["no-store"]
+        account = json.loads(answer.body)
+        assert set(account) == {"email", "password", "dclogin_url"}
+        password = quote(account["password"], safe="")
+        assert account["dclogin_url"] == f"dclogin:{account['email']}?p={password}&v=1&ic=3"
+        assert mail.received(Account(account["email"], account["password"])) == []
+    wrong = get(path, method="PUT")
+    assert wrong.status == 405 and wrong.headers["Allow"] == "GET, HEAD, POST"
+
+
+def test_who_asks_for_too_many_new_addresses_at_once_is_told_so(get):
+    with ThreadPoolExecutor(30) as pool:
+        answers = list(pool.map(lambda _: get("/new", method="POST"), range(30)))
+    assert {answer.status for answer in answers} == {200, 429}
+    given = [json.loads(answer.body)["email"] for answer in answers if answer.status == 200]
+    assert len(set(given)) == len(given)
+    wait_for(lambda: get("/new", method="POST").status == 200, 20, "the limit's end")
+
+
 @pytest.fixture
 def strict(get, relay):
     """Registration by token, and a certificate that counts as one of an authority; a token."""
@@ -284,6 +312,19 @@ def test_by_token_and_with_a_trusted_certificate(get, chromium, strict):
         "mx": DOMAIN,
         "max_age": "2419200",
     }
+
+
+@pytest.mark.parametrize("path", NEW)
+def test_with_a_trusted_certificate_a_browser_is_sent_into_the_app(get, strict, path):
+    for query in ("", f"?token={strict}"):
+        answer = get(path + query)
+        assert answer.status == 301
+        assert answer.headers["Location"] == f"dcaccount:https://{DOMAIN}/new{query}"
+        assert answer.headers.get_all("Cache-Control") == ["no-store"]
+    assert get(path, method="POST").status == 403
+    answer = get(f"{path}?token={strict}", method="POST")
+    assert answer.status == 200
+    assert set(json.loads(answer.body)) == {"email", "password"}
 
 
 def is_dark(picture):

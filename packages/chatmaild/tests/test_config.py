@@ -35,6 +35,19 @@ def test_defaults_are_those_of_existing_relays():
 
 
 @pytest.mark.parametrize(
+    ("text", "connections"),
+    [
+        ("", 2000),
+        ("max_imap_connections = 100", 200),
+        ("max_imap_connections = 50000", 10000),
+        ("max_connections_per_client = 7", 7),
+    ],
+)
+def test_one_client_may_hold_a_fifth_of_the_connections_unless_said_otherwise(text, connections):
+    assert read(DOMAIN + text)[0].max_connections_per_client == connections
+
+
+@pytest.mark.parametrize(
     ("text", "url"),
     [
         ("", "http://chat.example.org"),

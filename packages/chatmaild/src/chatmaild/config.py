@@ -341,6 +341,13 @@ class Config:
         "1000",
         "Submission sessions at a time, and five times those of one client address.",
     )
+    max_connections_per_client: int = _setting(
+        _integer(5, 1000000, "connections"),
+        None,
+        "Connections to 443 and 993 at a time for one client: an IPv4 address, or an IPv6 network of "
+        "64 bits. Many people may be behind one. If unset: a fifth of max_imap_connections, at "
+        "least 200.",
+    )
 
     registration: str = _setting(
         _registration,
@@ -635,6 +642,8 @@ def _fill_derived(values: dict[str, Any]) -> None:
         values["tls"] = "external" if values["tls_external_cert_and_key"] else "self"
     if values["mailboxes_dir"] is None:
         values["mailboxes_dir"] = f"/var/lib/chatmail/mail/{values['mail_domain'].strip('[]')}"
+    if values["max_connections_per_client"] is None:
+        values["max_connections_per_client"] = max(values["max_imap_connections"] // 5, 200)
 
 
 def _warn(config: Config, section: dict[str, str], warn: Callable[[str, str, str], None]) -> None:

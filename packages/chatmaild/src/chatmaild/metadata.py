@@ -47,6 +47,8 @@ _LOGIN_KEY = re.compile(r"shared/last-login/(.+)\Z")
 
 log = logging.getLogger("metadata")
 
+LOGINS = metrics.Counter("chatmail_logins", "Logins at IMAP.")
+
 
 class Tokens:
     """The device tokens of all users, each user's in a file of its mailbox."""
@@ -156,6 +158,7 @@ class LastLogin:
             with contextlib.suppress(FileNotFoundError):
                 try:
                     self.store.set_last_login(match[1], int(value))
+                    LOGINS.inc()
                 except ValueError as error:
                     raise Refused("not a last login") from error
 

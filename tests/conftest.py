@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Fixtures of all tests on booted containers, and what they measured."""
 
+import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from deltachat_rpc_client import DeltaChat, Rpc
 from lab import Lab
 from lab.host import Host
 from lab.mail import Mail
-from lab.shell import wait_for
+from lab.shell import LabError, wait_for
 
 DOMAIN = "_alpha.example"
 HEALTHY_SECONDS = 60
@@ -29,6 +30,7 @@ RELAY_UNITS = (
 
 _counts: dict[str, int] = {}
 measured: dict[str, str] = {}
+_relays: list[Host] = []  # the one of the session, once it runs
 
 
 @pytest.fixture(scope="session")
@@ -54,16 +56,22 @@ def relay(lab: Lab) -> Host:
     assert all(used.get(unit) for unit in RELAY_UNITS), used
     total = sum(used[unit] for unit in RELAY_UNITS)
     measured["idle memory (PSS) of the relay's units"] = f"{total:.0f} MB (goal 120 MB)"
-    each = sorted(((used[unit], unit) for unit in RELAY_UNITS), reverse=True)
-    measured["of which"] = ", ".join(
-        f"{unit.removesuffix('.service')} {size:.1f}" for size, unit in each
-    )
+    _relays.append(host)
     # hundreds of addresses of one client, on a machine that is busy with the tests
     pause = time.monotonic()
     host.exec("chatmail-relay", "set", "max_new_addresses_per_hour=100000", "max_load_1m=1000")
     host.exec("chatmail-relay", "apply", timeout=120)
     host.install_began = begin + time.monotonic() - pause  # type: ignore[attr-defined]
     return host
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_after_each_module() -> Iterator[None]:
+    """Services that start on demand are seen while they run."""
+    yield
+    for host in _relays:
+        with contextlib.suppress(LabError):  # a test may have stopped it
+            host.memory()
 
 
 @pytest.fixture(scope="session")
@@ -145,3 +153,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("measured (goals never fail a run)")
         for what, value in measured.items():
             terminalreporter.write_line(f"{what}: {value}")
+    for host in _relays:
+        terminalreporter.section("memory of each unit, the most that was seen (MB)")
+        for unit, (pss, rss) in sorted(host.largest.items(), key=lambda item: -item[1][0]):
+            if unit.endswith(".service"):
+                terminalreporter.write_line(f"{pss:8.1f} PSS {rss:8.1f} RSS  {unit}")

@@ -1,15 +1,34 @@
 # SPDX-License-Identifier: MIT
 """The relay's numbers: one address for all, who may read it, dashboard, alerts, and mtail."""
 
+import collections
+import contextlib
+import imaplib
+import json
 import re
 import socket
+from pathlib import Path
 
 import pytest
+import yaml
 from conftest import DOMAIN
 from lab import image
-from lab.mail import context
-from lab.shell import wait_for
+from lab.mail import Account, context
+from lab.messages import cleartext, encrypted
+from lab.shell import WaitTimeout, wait_for
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
+
+METRICS = Path(__file__).parents[1] / "packages/chatmail-relay/metrics"
+
+# names that the tests below do not provoke, and what does
+ELSEWHERE = {
+    "dovecot_deliveries_failed_total": "a full mailbox",
+    "chatmail_unit_memory_bytes": "a memory controller, which not every container has (test_export.py)",
+    "chatmail_notifier_queue": "the service of notifications runs",
+    "chatmail_notifier_requests_total": "a delivery to a user with a device token",
+    "chatmail_notifier_dropped_total": "a notification that no server takes",
+    "chatmail_notifier_seconds_bucket": "a delivery to a user with a device token",
+}
 
 
 def numbers(relay):
@@ -30,6 +49,73 @@ def test_every_service_tells_its_numbers(relay):
     up = {labels["service"]: number for labels, number in numbers(relay)["chatmail_up"]}
     assert set(up) >= {"doveauth", "filtermail", "metadata", "dovecot"}
     assert set(up.values()) == {1}
+
+
+def test_the_storage_report_is_among_them(relay, mail):
+    mail.account()
+    relay.exec("systemctl", "start", "chatmail-fsreport.service")
+    found = numbers(relay)
+    stored = {labels["kind"]: number for labels, number in found["chatmail_storage_bytes"]}
+    assert stored["total"] == stored["messages"] + stored["extra"] > 0
+    accounts = {labels["kind"]: number for labels, number in found["chatmail_accounts"]}
+    assert accounts["all"] == accounts["user"] + accounts["ci"] > 0
+
+
+def test_an_imap_login_is_counted_once(relay, mail):
+    def logins():
+        ((_labels, number),) = numbers(relay)["chatmail_logins_total"]
+        return number
+
+    alice = mail.account()
+    before = wait_for(logins, 10, "the login that made the account")
+    mail.imap(alice).logout()
+    wait_for(lambda: logins() > before, 10, "one more login")
+    assert logins() == before + 1
+
+
+def expressions(tree):
+    """All PromQL in a dashboard or a file of rules."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            if key in ("expr", "query") and isinstance(value, str):
+                yield value
+            else:
+                yield from expressions(value)
+    elif isinstance(tree, list):
+        for item in tree:
+            yield from expressions(item)
+
+
+@pytest.mark.parametrize(
+    "name, parse", [("dashboard.json", json.loads), ("alerts.yml", yaml.safe_load)]
+)
+def test_dashboard_and_alerts_ask_for_what_there_is(relay, mail, name, parse):
+    shown = " ".join(expressions(parse((METRICS / name).read_text())))
+    wanted = set(re.findall(r"\b(?:chatmail|dovecot)_[a-z_]+", shown))
+    assert "chatmail_up" in wanted
+    # what appears only after an event: mail accepted, signed, delivered, and refused ...
+    alice, bob = mail.account(), mail.account()
+    session = mail.smtp(alice)
+    for code, message in ((250, encrypted), (523, cleartext)):
+        text = message(alice.address, bob.address)
+        assert mail.send(session, alice.address, [bob.address], text)[0] == code
+    session.quit()
+    wait_for(lambda: mail.received(bob), 10, "the message")
+    # ... and an address that is refused
+    with pytest.raises(imaplib.IMAP4.error):
+        mail.imap(Account(mail.new_address().address, "short"))
+
+    def missing():
+        moved = {
+            name
+            for name, samples in numbers(relay).items()
+            if not name.endswith("_total") or any(number for _labels, number in samples)
+        }
+        return wanted - moved - set(ELSEWHERE)
+
+    with contextlib.suppress(WaitTimeout):  # the names say more
+        wait_for(lambda: not missing(), 10, "the numbers")
+    assert not missing()
 
 
 def test_the_exporter_is_gone_when_nobody_asks(relay):
@@ -71,46 +157,133 @@ def test_the_web_tells_them_to_whom_the_setting_names(relay, lab, metrics_allow)
     assert status == 200 and "chatmail_up" in body and body.endswith("# EOF\n")
 
 
-def test_mtail_counts_the_journal_and_goes_as_it_came(relay, lab):
+@pytest.fixture
+def mtail(relay, lab):
+    """chatmail-mtail-conf, which leaves nothing behind."""
     image.download(lab.tree, "chatmail-mtail-conf")
     relay.sh("apt-get install -q --yes --no-install-recommends chatmail-mtail-conf", timeout=120)
     try:
         wait_for(
             lambda: relay.exec("systemctl", "is-active", "chatmail-mtail", check=False).ok, 10, "up"
         )
-        security = relay.exec(
-            "systemd-analyze",
-            "security",
-            "--threshold=25",
-            "--no-pager",
-            "chatmail-mtail.service",
-            check=False,
-        )
-        assert security.ok, security.out.splitlines()[-1]
-
-        def counted(name):
-            text = relay.exec(
-                "python3",
-                "-c",
-                "import urllib.request as r;"
-                " print(r.urlopen('http://127.0.0.1:3903/metrics').read().decode())",
-                check=False,
-            ).out
-            return sum(float(n) for n in re.findall(rf"^{name}\{{.*\}} (\S+)$", text, re.MULTILINE))
-
-        say = (
-            "systemd-run --quiet --wait --property=LogNamespace=chatmail"
-            " --property=SyslogIdentifier=chatmail-doveauth sh -c"
-        )
-        lines = "echo Created address; echo Incoming: refused, unencrypted mail"
-        # journalctl begins to follow a moment after mtail listens
-        wait_for(
-            lambda: relay.sh(f"{say} '{lines}'") and counted("created_accounts") > 0, 20, "a count"
-        )
-        wait_for(lambda: counted("rejected_unencrypted_mail_count") > 0, 10, "a count")
-        assert relay.exec("chatmail-relay", "status", check=False).ok
+        yield
+        assert relay.memory()["chatmail-mtail.service"]
     finally:
         relay.sh("apt-get purge -q --yes chatmail-mtail-conf", timeout=120)
     assert "/etc/chatmail/mtail" not in relay.exec("find", "/etc/chatmail").out
     assert relay.exec("chatmail-relay", "status", check=False).ok
     assert relay.exec("chatmail-relay", "diff").out == ""
+
+
+def counters(text):
+    """The sums of all counters in mtail's exposition."""
+    found = collections.Counter()
+    for name, number in re.findall(r"^([a-z_]+)\{.*\} (\S+)$", text, re.MULTILINE):
+        found[name] += int(float(number))
+    return found
+
+
+# a line of the journal, and the counters it moves, each as often as it moves it
+LINES = {
+    "Created address": ["created_accounts"],
+    "registration rejected: load avg 9.5 > 8.0": ["rejected_registrations"],
+    "password file is empty, the address is blocked": [],
+    "lmtp(7)<7><aB>: saved mail to INBOX": ["delivered_mail"],
+    "lmtp(7)<7><aB>: save failed to INBOX: Quota exceeded (mailbox for user is full)": [
+        "quota_exceeded"
+    ],
+    "warning: hostname x.example does not resolve": ["warning_count"],
+    "imap(7)<7><aB>: Warning: Inotify instance limit exceeded": ["warning_count"],
+    "quota-expire: removed 0 message(s)": ["quota_expire_runs"],
+    "quota-expire: removed 2 message(s)": [
+        "quota_expire_runs",
+        *["quota_expire_removed_files"] * 2,
+    ],
+    "Outgoing: encrypted mail accepted": [
+        "filtered_outgoing_mail_count",
+        "outgoing_encrypted_mail_count",
+    ],
+    "Incoming: encrypted mail accepted": [
+        "filtered_incoming_mail_count",
+        "incoming_encrypted_mail_count",
+    ],
+    "Outgoing: unencrypted mail accepted": [
+        "filtered_outgoing_mail_count",
+        "outgoing_unencrypted_mail_count",
+    ],
+    "Incoming: unencrypted mail accepted": [
+        "filtered_incoming_mail_count",
+        "incoming_unencrypted_mail_count",
+    ],
+    "Outgoing: SecureJoin request accepted": [
+        "filtered_outgoing_mail_count",
+        "outgoing_unencrypted_mail_count",
+    ],
+    "Incoming: SecureJoin request accepted": [
+        "filtered_incoming_mail_count",
+        "incoming_unencrypted_mail_count",
+    ],
+    "Incoming: delivery report accepted": [
+        "filtered_incoming_mail_count",
+        "incoming_mailer_daemon_mail_count",
+    ],
+    "Bounce: signed mail accepted": [],
+    "Bounce: unsigned mail accepted": [],
+    "1234ABCD: DKIM-Signature field added (s=chatmail, d=example.org)": ["dkim_signed"],
+}
+WHYS = """
+from chatmaild.filtermail import replies
+print(*(item.why for item in vars(replies).values() if isinstance(item, replies.Reply)), sep="\\n")
+"""
+
+
+def test_mtail_counts_each_line_as_what_it_is(relay, mtail):
+    lines = dict(LINES)
+    for why in relay.exec("python3", "-Ic", WHYS).out.splitlines():
+        for direction in ("outgoing", "incoming"):
+            moved = [f"filtered_{direction}_mail_count", "rejected_mail_count"]
+            if why == "unencrypted mail":
+                moved += [f"{direction}_unencrypted_mail_count", "rejected_unencrypted_mail_count"]
+            lines[f"{direction.capitalize()}: refused, {why}"] = moved
+    assert "Incoming: refused, no valid DKIM signature" in lines
+    head = "2026-01-01T00:00:00+00:00 alpha chatmail-x[7]: "
+    told = relay.exec(
+        *("mtail", "--one_shot", "--one_shot_format=prometheus", "--logs=-"),
+        *("--progs=/usr/share/chatmail-relay/mtail", "--port=3999"),
+        input="".join(f"{head}{line}\n" for line in lines),
+    ).out
+    assert counters(told) == collections.Counter(name for moved in lines.values() for name in moved)
+
+
+def test_mtail_counts_the_journal_and_goes_as_it_came(relay, mail, mtail):
+    security = relay.exec(
+        "systemd-analyze",
+        "security",
+        "--threshold=25",
+        "--no-pager",
+        "chatmail-mtail.service",
+        check=False,
+    )
+    assert security.ok, security.out.splitlines()[-1]
+
+    def counted():
+        return counters(
+            relay.exec(
+                "python3",
+                "-c",
+                "import urllib.request as r;"
+                " print(r.urlopen('http://127.0.0.1:3903/metrics').read().decode())",
+            ).out
+        )
+
+    # journalctl begins to follow a moment after mtail listens
+    wait_for(lambda: mail.account() and counted()["created_accounts"], 20, "a count")
+    alice, bob = mail.account(), mail.account()
+    session = mail.smtp(alice)
+    for code, message in ((250, encrypted), (523, cleartext)):
+        text = message(alice.address, bob.address)
+        assert mail.send(session, alice.address, [bob.address], text)[0] == code
+    session.quit()
+    names = ("outgoing_encrypted_mail_count", "rejected_unencrypted_mail_count", "delivered_mail")
+    wait_for(lambda: all(counted()[name] for name in names), 10, "counts")
+    assert relay.exec("chatmail-relay", "status", check=False).ok

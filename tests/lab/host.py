@@ -54,6 +54,7 @@ class Host:
         self.name = name
         self.namespace = namespace
         self.boot_seconds = 0.0
+        self.largest: dict[str, tuple[float, float]] = {}  # (PSS, RSS) in MiB by unit, see memory()
         self._state = state
         self._tree = tree
         self._folder = state.directory / "hosts" / name
@@ -285,17 +286,20 @@ class Host:
         return set(self.exec("find", *folders, "-xdev", "!", "-type", "d").out.splitlines())
 
     def memory(self) -> dict[str, float]:
-        """Proportional set size in MiB by unit, of all processes inside."""
+        """Proportional set size in MiB by unit, of all processes inside; `largest` remembers the most."""
         script = (
             "for p in /proc/[0-9]*; do u=$(sed -n 's/^0::.*\\///p' $p/cgroup 2>/dev/null) &&"
-            " k=$(sed -n 's/^Pss: *\\([0-9]*\\).*/\\1/p' $p/smaps_rollup 2>/dev/null) &&"
-            ' [ -n "$k" ] && echo "$u $k"; done; true'
+            " k=$(sed -n 's/^[PR]ss: *\\([0-9]*\\).*/\\1/p' $p/smaps_rollup 2>/dev/null) &&"
+            ' [ -n "$k" ] && echo "$u" $k; done; true'
         )
-        total: dict[str, float] = {}
+        total: dict[str, tuple[float, float]] = {}
         for line in self.sh(script, check=False).out.splitlines():
-            unit, _, size = line.rpartition(" ")
-            total[unit] = total.get(unit, 0) + int(size) / 1024
-        return total
+            unit, rss, pss = line.rsplit(" ", 2)  # in the order of smaps_rollup, proc(5)
+            before = total.get(unit, (0.0, 0.0))
+            total[unit] = (before[0] + int(pss) / 1024, before[1] + int(rss) / 1024)
+        for unit, sizes in total.items():
+            self.largest[unit] = max(sizes, self.largest.get(unit, sizes))
+        return {unit: pss for unit, (pss, _) in total.items()}
 
     def install_relay(self, domain: str, timeout: float = 300) -> float:
         """apt-get install chatmail-relay from the signed repository; seconds it took."""

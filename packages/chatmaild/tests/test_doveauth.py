@@ -306,11 +306,13 @@ def test_what_happened_is_counted(start_service):
     assert 'chatmail_accounts_refused_total{reason="password"} 1' in numbers
 
 
-def test_the_mailboxes_are_counted(start_service, tmp_path):
-    MailStore(tmp_path / "mail").create("alice1234@chat.example", "secret")
+@pytest.mark.parametrize("addresses", [0, 1])
+def test_the_mailboxes_are_counted(start_service, tmp_path, addresses):
+    for _ in range(addresses):  # the first one makes the store
+        MailStore(tmp_path / "mail").create("alice1234@chat.example", "secret")
     service = start_service("chatmaild.doveauth", [*NAMES, "metrics"], INI, ALWAYS)
     deadline = time.monotonic() + 10
-    while b"chatmail_mailboxes 1" not in service.ask("metrics", b""):
+    while f"chatmail_mailboxes {addresses}\n".encode() not in service.ask("metrics", b""):
         assert time.monotonic() < deadline
 
 

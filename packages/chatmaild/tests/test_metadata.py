@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatmaild.dictproxy import Refused
-from chatmaild.metadata import TURN_SECONDS, LastLogin, Turn
+from chatmaild.metadata import LOGINS, TURN_SECONDS, LastLogin, Turn
 from chatmaild.users import DAY, MailStore
 
 ALICE = "alice1234@chat.example"
@@ -122,6 +122,13 @@ def test_a_login_sets_the_day_of_the_password_file(service, store):
     assert service.ask("lastlogin", request.encode()) == b"O1\n"
     status = (store.mailbox_path(ALICE) / "password").stat()
     assert status.st_mtime == status.st_atime == when - when % DAY
+
+
+def test_a_login_is_counted_and_one_of_nobody_is_not(store):
+    before = LOGINS.value()
+    for user in (ALICE, "nobody123@chat.example"):
+        LastLogin(store).commit("", [(f"shared/last-login/{user}", str(NOW))])
+    assert LOGINS.value() == before + 1
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ Every refusal is one warning in the log; it names lengths and limits, never who 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import re
@@ -287,8 +286,12 @@ class CreateServer:
 async def count_accounts(store: MailStore) -> None:
     """Keep the gauge of mailboxes up to date, until cancelled."""
     while True:
-        with contextlib.suppress(OSError):
+        try:
             ACCOUNTS.set(await asyncio.to_thread(store.count))
+        except FileNotFoundError:
+            ACCOUNTS.set(0)  # nobody has been here yet
+        except OSError:
+            pass
         await asyncio.sleep(COUNT_SECONDS)
 
 

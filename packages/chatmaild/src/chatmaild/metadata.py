@@ -51,6 +51,8 @@ _LOGIN_KEY = re.compile(r"shared/last-login/(.+)\Z")
 
 log = logging.getLogger("metadata")
 
+LOGINS = metrics.Counter("chatmail_logins", "Logins at IMAP.")
+
 
 class Turn:
     """Credentials for the TURN server *host*, as the TURN REST API's draft has them.
@@ -142,6 +144,7 @@ class LastLogin:
             with contextlib.suppress(FileNotFoundError):
                 try:
                     self.store.set_last_login(match[1], int(value))
+                    LOGINS.inc()
                 except ValueError as error:
                     raise Refused("not a last login") from error
 

@@ -122,6 +122,26 @@ def test_an_existing_certificate_is_served_on_every_port(relay, mail, lab):
     assert served(993) != wanted
 
 
+def test_log_lines_go_within_the_days_that_the_privacy_page_says(relay):
+    """The relay's own numbers, with seconds for days, in another namespace."""
+    settings = relay.read("/usr/lib/systemd/journald@chatmail.conf")
+    assert "MaxFileSec=1day\nMaxRetentionSec=2day\n" in settings
+    assert "at most three days, in memory only" in relay.read("/var/lib/chatmail/www/privacy.html")
+    relay.write("/etc/systemd/journald@quick.conf", settings.replace("day\n", "s\n"))
+    talk = "echo the first; while sleep 0.1; do echo another; done"
+
+    def said():
+        return relay.exec("journalctl", "-q", "-o", "cat", "--namespace=quick", check=False).out
+
+    try:
+        relay.exec("systemd-run", "-q", "-u", "talk", "-p", "LogNamespace=quick", "sh", "-c", talk)
+        wait_for(lambda: "another" in said(), 20, "any line")
+        wait_for(lambda: "the first" not in said(), 30, "the first one's end")
+        assert "another" in said()
+    finally:
+        relay.sh("systemctl stop talk; rm -r /etc/systemd/journald@quick.conf /run/log/journal/*.quick")
+
+
 def test_a_preseed_alone_changes_nothing_because_the_file_is_the_truth(relay):
     answer = "chatmail-relay chatmail-relay/mail_domain string _other.example\n"
     relay.exec("debconf-set-selections", input=answer)

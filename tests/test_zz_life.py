@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: MIT
 """An installation's settings, its neighbours' files, and its end without trace. Runs last."""
 
+import imaplib
 import json
 import re
+import smtplib
 import socket
 import ssl
 
+import pytest
 from conftest import DOMAIN, measured
-from lab.mail import context
+from lab.mail import Account, Mail, context
 from lab.shell import wait_for
 from lab.terminal import terminal
 
 
+#: Addresses of users, and of clients: all of the lab's but the name server's and the relay's.
+PERSONAL = rf"[\w.+-]+@{re.escape(DOMAIN)}|\b(10\.77\.0\.|fd77::)(?!(1|11)\b)\d+"
 #: Interrupts a change of the files it is given, as a power failure would.
 INTERRUPT = """
 import os, signal, sys
@@ -120,6 +125,51 @@ def test_an_existing_certificate_is_served_on_every_port(relay, mail, lab):
     relay.exec("chatmail-relay", "apply", timeout=120)
     wait_for(lambda: relay.exec("chatmail-relay", "status", check=False).ok, 60, "status")
     assert served(993) != wanted
+
+
+def test_no_log_names_a_user_or_the_address_of_a_client(relay, mail, lab):
+    """Of all tests before this one, and of what follows."""
+    from lab.messages import cleartext, encrypted
+
+    for via in (mail, Mail(lab, relay.namespace.ipv6, DOMAIN)):
+        alice, bob, nobody = via.account(), via.account(), via.new_address()
+        for port in (465, 587, 443):
+            with via.smtp(alice, port) as session:
+                for recipient in (bob, nobody):
+                    text = encrypted(alice.address, recipient.address)
+                    assert via.send(session, alice.address, [recipient.address], text)[0] == 250
+            with pytest.raises(smtplib.SMTPAuthenticationError):
+                via.smtp(Account(bob.address, "not-the-password"), port)
+        for port in (993, 143, 443):
+            via.imap(alice, port).logout()
+            with pytest.raises(imaplib.IMAP4.error):
+                via.imap(Account(bob.address, "not-the-password"), port)
+        with via.smtp(None, 25) as session:
+            assert via.send(session, "x@far.example", [nobody.address], b"")[0] == 550
+            for make in (cleartext, encrypted):
+                text = make("x@far.example", bob.address)
+                assert via.send(session, "x@far.example", [bob.address], text)[0] > 500
+        wait_for(lambda via=via, alice=alice: len(via.received(alice)) == 3, 30, "bounces")
+    relay.exec("journalctl", "--namespace=chatmail", "--sync")
+    lines = relay.journal("*").splitlines()
+    assert any("postfix" in line for line in lines) and any("dovecot" in line for line in lines)
+    assert [line for line in lines if re.search(PERSONAL, line)] == []
+    files = relay.exec("grep", "-rlP", PERSONAL, "/var/log", "--exclude-dir=journal", check=False)
+    assert files.out == ""
+
+
+def test_our_daemons_log_into_the_relay_s_namespace_alone(relay):
+    """But mtail, which must not read what it says itself, and what runs at boot before that is there."""
+    shown = relay.exec("systemctl", "list-unit-files", "--plain", "--no-legend", "*.service").out
+    units = [line.split()[0] for line in shown.splitlines()]
+    ours = re.compile(r"(chatmail-(?!(mtail|recover)\.).*|postfix|dovecot)\.service")
+    for unit in filter(ours.fullmatch, units):
+        where = relay.exec("systemctl", "show", "-P", "LogNamespace", unit).out
+        assert where == "chatmail\n", unit
+    entries = [json.loads(line) for line in relay.journal("", "-o", "json").splitlines()]
+    assert entries
+    said = [e["MESSAGE"] for e in entries if ours.fullmatch(e.get("_SYSTEMD_UNIT", ""))]
+    assert said == []
 
 
 def test_log_lines_go_within_the_days_that_the_privacy_page_says(relay):

@@ -152,6 +152,40 @@ def test_a_dns_failure_is_temporary(mail, bob, far):
     assert 400 <= code < 500
 
 
+def test_who_takes_cleartext_is_the_mailbox_s_choice_however_its_address_is_written(
+    mail, relay, bob, far
+):
+    free = mail.account()
+    relay.exec("rm", f"/var/lib/chatmail/mail/{DOMAIN}/{free.address}/enforceE2EEincoming")
+
+    def offer(session, recipient):
+        """The end of a signed cleartext's way, and its mark; *recipient* as it stands in RCPT."""
+        message = cleartext("x@far.example", recipient)
+        assert session.mail("x@far.example")[0] == 250
+        assert session.docmd("RCPT", f"TO:<{recipient}>")[0] == 250
+        return session.data(far(message))[0], re.search(rb"Message-ID: (<.*>)", message)[1]
+
+    def forms(account):
+        user = account.address.partition("@")[0]
+        yield account.address
+        yield f"{user}+ext@{DOMAIN}"
+        yield f"{user.upper()}+Ext@{DOMAIN.upper()}"
+        yield f'"{user}+ext"@{DOMAIN}'
+        yield f'"\\{user[0].upper()}{user[1:]}+"@{DOMAIN}'
+
+    with mail.smtp(None, 25) as session:
+        assert [offer(session, form)[0] for form in forms(bob)] == [523] * 5
+        taken = [offer(session, form) for form in forms(free)]
+    assert [code for code, _mark in taken] == [250] * 5
+
+    def all_are_delivered():
+        got = b"".join(mail.received(free))
+        assert [form for form, (_, mark) in zip(forms(free), taken) if mark not in got] == []
+        return True
+
+    wait_for(all_are_delivered, 20)
+
+
 def test_an_unknown_recipient_is_refused_on_port_25(mail):
     with mail.smtp(None, 25) as session:
         code, text = mail.send(session, "x@far.example", [mail.new_address().address], b"")

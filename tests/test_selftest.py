@@ -42,9 +42,8 @@ def findings(host, *words, timeout=180):
 
 
 def bad(found):
-    """The names of what is not well. Calls are judged by test_calls: METADATA may not tell of TURN yet."""
-    told = "turn" in found.get("METADATA", {"detail": ""})["detail"]
-    return {name for name, item in found.items() if not item["well"] and (told or name != "TURN")}
+    """The names of what is not well."""
+    return {name for name, item in found.items() if not item["well"]}
 
 
 def accounts(host):
@@ -57,8 +56,7 @@ def accounts(host):
 def test_a_healthy_relay_is_well_and_is_left_as_it_was(relay):
     before = accounts(relay)
     status, found = findings(relay)
-    assert bad(found) == set()
-    assert status == (0 if found["TURN"]["well"] else 1)
+    assert bad(found) == set() and status == 0
     assert set(found) - {f"ports at {relay.address}"} == EVERYTHING
     assert found["cleartext on submission"]["detail"] == (
         "523 Encryption Needed: Invalid Unencrypted Mail"
@@ -112,7 +110,7 @@ def stopped(relay, *units):
 def test_without_the_turn_server_there_are_no_calls(relay):
     with stopped(relay, "chatmail-turn.service"):
         _status, found = findings(relay)
-    assert not found["TURN"]["well"] and bad(found) <= {"TURN"}
+    assert bad(found) == {"TURN"}
 
 
 CALL = """

@@ -158,7 +158,7 @@ async def serve(config: Config) -> None:
     store = MailStore(config.mailboxes_dir)
     tokens = DeviceTokens(store)
     dictionary = Metadata(
-        config, tokens, Turn(config.mail_domain, turn_secret()).value, AppVersions().value
+        config, tokens, Turn(config.mail_host, turn_secret()).value, AppVersions().value
     )
     threads = ThreadPoolExecutor(THREADS, thread_name_prefix="dict")
     servers = [

@@ -29,8 +29,8 @@ def listen_sockets(
 
     Each of *names* must have been passed exactly once, each of *optional* at most once, and nothing
     else may have been but connections that an earlier process gave to `keep` under the name *kept*:
-    they are "KEPT 0", "KEPT 1", ... of the result. Raises ActivationError with the names otherwise: a service that lacks one of
-    its sockets would look healthy and answer nobody.
+    they are "KEPT 0", "KEPT 1", ... of the result. Raises ActivationError with the names otherwise: a
+    service that lacks one of its sockets would look healthy and answer nobody.
 
     Serve them with asyncio's start_server or create_server: from Python 3.13 on, start_unix_server
     removes the file of a socket, which is systemd's, when it ends.

@@ -47,7 +47,7 @@ def listen_sockets(
         )
     for variable in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         os.environ.pop(variable, None)
-    sockets = {}
+    sockets: dict[str, socket.socket] = {}
     for number, name in enumerate(passed, FIRST_FD):
         os.set_inheritable(number, False)
         sock = socket.socket(fileno=number)

@@ -189,7 +189,9 @@ def test_log_lines_go_within_the_days_that_the_privacy_page_says(relay):
         wait_for(lambda: "the first" not in said(), 30, "the first one's end")
         assert "another" in said()
     finally:
-        relay.sh("systemctl stop talk; rm -r /etc/systemd/journald@quick.conf /run/log/journal/*.quick")
+        relay.sh(
+            "systemctl stop talk; rm -r /etc/systemd/journald@quick.conf /run/log/journal/*.quick"
+        )
 
 
 def test_a_preseed_alone_changes_nothing_because_the_file_is_the_truth(relay):

@@ -274,8 +274,10 @@ def test_an_interrupted_test_leaves_no_accounts(relay):
 
 def interrupted(relay, after):
     """Press Ctrl-C once the test has said *after*: exit status, and what is said from then on."""
+    # tests in the background of a shell ignore Ctrl-C, and so would all they start
+    run = "echo $$; exec env --default-signal=INT chatmail-relay test"
     running = subprocess.Popen(
-        relay.command("sh", "-c", "echo $$; exec chatmail-relay test"),
+        relay.command("sh", "-c", run),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

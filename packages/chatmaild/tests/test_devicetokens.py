@@ -77,6 +77,13 @@ def test_the_list_of_old_relays_is_read_and_rewritten(tokens, file):
     assert data == {"devicetoken": {"x": NOW, "y": NOW, "z": NOW}, "other": 1}
 
 
+def test_tokens_of_the_old_list_age_from_their_first_reading_on(tokens, file, clock):
+    file.write_text('{"devicetoken": ["x"]}')
+    assert tokens.get(ALICE) == ["x"]
+    clock.now = NOW + 91 * DAY
+    assert tokens.get(ALICE) == []
+
+
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", '{"devicetoken": 3}', '{"devicetoken": {"a": "b"}}']
 )

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Dovecot's dict protocol, without sockets."""
+"""Dovecot's dict protocol, and how many may speak it at a time."""
 
+import asyncio
 import contextlib
+import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -124,3 +127,58 @@ def test_any_bytes_in_any_pieces_give_the_same_commands_or_a_protocol_error(data
     for command in whole:
         assert isinstance(command, Lookup | Iterate | Commit)
         assert answer(Dictionary(), command).endswith(b"\n")
+
+
+@contextlib.asynccontextmanager
+async def served(path):
+    """A server on a socket at *path*, and a function that connects to it without waiting for it."""
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listening.bind(str(path))
+        threads = stack.enter_context(ThreadPoolExecutor(1))
+
+        def connect():
+            client = stack.enter_context(socket.socket(socket.AF_UNIX))
+            client.setblocking(False)
+            client.connect(str(path))  # BlockingIOError when nobody more may wait
+            return client
+
+        async with await dictproxy.start_server(Dictionary(), listening, threads):
+            yield connect
+
+
+def test_while_the_service_is_busy_a_thousand_connections_wait(tmp_path):
+    async def scenario():
+        loop = asyncio.get_running_loop()
+        async with served(tmp_path / "s") as connect:
+            clients = [connect() for _ in range(dictproxy.BACKLOG)]  # nothing is accepted meanwhile
+            for client in clients:
+                await loop.sock_sendall(client, b"Lkey\tu\n")
+            return [await loop.sock_recv(client, 99) for client in clients]
+
+    assert set(asyncio.run(scenario())) == {b"Oof\x01tu\n"}
+
+
+def test_a_connection_beyond_the_bound_is_closed_until_another_one_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(dictproxy, "MAX_CONNECTIONS", 3)
+
+    async def ask(client):
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(ConnectionError):
+            await loop.sock_sendall(client, b"Lkey\tu\n")
+            return await loop.sock_recv(client, 99)
+        return b""
+
+    async def scenario():
+        async with served(tmp_path / "s") as connect:
+            clients = [connect() for _ in range(3)]
+            first = [await ask(client) for client in clients]
+            beyond = await ask(connect())
+            clients[0].close()
+            async with asyncio.timeout(10):
+                while not (later := await ask(connect())):
+                    pass
+            return first, beyond, later
+
+    well = b"Oof\x01tu\n"
+    assert asyncio.run(scenario()) == ([well] * 3, b"", well)

@@ -59,12 +59,12 @@ class DeviceTokens:
         except ValueError:
             return []
         data = _read(path)
-        if self._expired(data):
+        if self._tidy(data) != data:
             with self._lock(user):
                 data = _read(path)
-                expired = self._expired(data)
-                if expired:
-                    _write(path, _without(data, expired))
+                tidy = self._tidy(data)
+                if tidy != data:
+                    _write(path, tidy)
         return list(self._valid(data))
 
     def add(self, user: str, token: str) -> None:
@@ -110,6 +110,13 @@ class DeviceTokens:
             for token, when in _times(data, now).items()
             if now - TOKEN_DAYS * 86400 <= when <= now + _FUTURE
         }
+
+    def _tidy(self, data: dict[str, Any]) -> dict[str, Any]:
+        """*data* without expired tokens; those of an old relay's list are 90 days old in 90 days."""
+        if isinstance(data.get("devicetoken"), list):
+            return {**data, "devicetoken": self._valid(data)}
+        expired = self._expired(data)
+        return _without(data, expired) if expired else data
 
     def _expired(self, data: dict[str, Any]) -> set[str]:
         """Tokens not set for long. Those of the future stay: this clock may be the wrong one."""

@@ -34,6 +34,8 @@ from typing import NamedTuple, Protocol
 MAX_LINE = 16384  # bytes; Dovecot's own limit is 64 KiB, our longest value is a token of 4 KiB
 MAX_TRANSACTIONS = 16  # open at a time in one connection; Dovecot 2.4 uses one or two
 MAX_CHANGES = 16  # in one transaction
+MAX_CONNECTIONS = 4096  # at a time; each process of Dovecot holds one for each dictionary
+BACKLOG = 1024  # as in the socket units; asyncio would make it 100, and the 101st is refused
 READ_SIZE = 65536
 MAJOR_VERSIONS = (2, 3, 4)
 
@@ -219,13 +221,18 @@ async def start_server(
 ) -> asyncio.Server:
     """Serve *dictionary* on a listening unix socket; *executor* has the threads it is called in.
 
-    Dovecot holds its connections as it likes.
+    Dovecot holds its connections as it likes; one beyond MAX_CONNECTIONS is closed at once.
     """
     loop = asyncio.get_running_loop()
+    connections: set[asyncio.StreamWriter] = set()
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = Connection()
+        connections.add(writer)
         try:
+            if len(connections) > MAX_CONNECTIONS:
+                log.warning("closing a connection: there are %d", MAX_CONNECTIONS)
+                return
             while data := await reader.read(READ_SIZE):
                 for command in connection.receive(data):
                     reply = await loop.run_in_executor(executor, answer, dictionary, command)
@@ -236,6 +243,7 @@ async def start_server(
         except ConnectionError:
             pass
         finally:
+            connections.discard(writer)
             writer.close()
 
-    return await asyncio.start_server(connected, sock=sock)
+    return await asyncio.start_server(connected, sock=sock, backlog=BACKLOG)

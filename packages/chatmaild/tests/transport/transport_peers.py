@@ -6,7 +6,6 @@ import datetime
 import ipaddress
 import socket
 import ssl
-import subprocess
 import threading
 
 import h11
@@ -57,17 +56,15 @@ class EventLoop:
 
 
 class Authority:
-    """A directory of one certificate authority, as in /etc/ssl/certs, and server contexts."""
+    """A certificate authority, and server contexts."""
 
     def __init__(self, folder):
         self._folder = folder
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "lab")])
         root = self._certificate(self._name, self._key, ca=True)
-        self.ca_path = folder / "certs"
-        self.ca_path.mkdir()
-        (self.ca_path / "ca.pem").write_bytes(root.public_bytes(serialization.Encoding.PEM))
-        subprocess.run(["openssl", "rehash", str(self.ca_path)], check=True)
+        self.ca_path = folder / "ca.pem"
+        self.ca_path.write_bytes(root.public_bytes(serialization.Encoding.PEM))
 
     def context(self, name, trusted=True, newest=ssl.TLSVersion.TLSv1_3):
         """A server's context with a certificate for *name*, of this authority or self-signed."""

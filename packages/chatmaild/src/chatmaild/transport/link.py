@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 import ssl
 from collections.abc import AsyncIterator, Sequence
@@ -53,8 +54,11 @@ class Contexts:
     """The two ways to look at a peer's certificate."""
 
     def __init__(self, ca_path: str = CA_PATH) -> None:
+        """*ca_path* is a directory as openssl-rehash(1) makes it, or a file of certificates."""
         self._verifying = _context()
-        self._verifying.load_verify_locations(capath=ca_path)
+        self._verifying.load_verify_locations(
+            **{"capath" if os.path.isdir(ca_path) else "cafile": ca_path}
+        )
         self._trusting = _context()
         self._trusting.check_hostname = False
         self._trusting.verify_mode = ssl.CERT_NONE

@@ -241,7 +241,7 @@ class Server:
         """*domain* is the relay's own, for the greeting."""
         self.client = client
         self.sessions = 0
-        self._name = domain
+        self.name = domain
 
     async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection to its end."""
@@ -302,7 +302,7 @@ class _Session:
         self._domain = ""
 
     async def run(self) -> None:
-        self._say(f"220 {self._server._name} HTTPS delivery")
+        self._say(f"220 {self._server.name} HTTPS delivery")
         while True:
             line = self._lines.next_line()
             if line is None:
@@ -325,8 +325,8 @@ class _Session:
         if verb in ("EHLO", "HELO"):
             self._reset()
             if verb == "HELO":
-                return f"250 {self._server._name}"
-            return f"250-{self._server._name}\r\n250-PIPELINING\r\n250-ENHANCEDSTATUSCODES\r\n250 8BITMIME"
+                return f"250 {self._server.name}"
+            return f"250-{self._server.name}\r\n250-PIPELINING\r\n250-ENHANCEDSTATUSCODES\r\n250 8BITMIME"
         if verb == "RSET":
             self._reset()
             return "250 2.0.0 OK"

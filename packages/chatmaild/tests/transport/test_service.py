@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from chatmaild.transport.limits import MAX_REQUESTS
+
 MODULE = "chatmaild.transport.__main__"
 SOCKETS = ["send", "mxdeliv", "metrics"]
 HEAD = b"POST /mxdeliv HTTP/1.1\r\nHost: a\r\nX-Real-IP: 192.0.2.7\r\nX-MAIL-TO: b@chat.example\r\n"
@@ -82,6 +84,31 @@ def test_a_large_message_is_not_held_in_memory(start, smtpd):
     assert len(smtpd.messages[-1]) == size
     _, most = memory(service)
     assert most - before < 8 << 20
+
+
+def test_as_many_messages_as_there_may_be_stay_small(start, smtpd):
+    service = start()
+    service.ask("mxdeliv", HEAD + b"Content-Length: 6\r\n\r\nA: b\r\n")
+    before, _ = memory(service)
+    size, line, results = 1 << 20, b"x" * 1022 + b"\r\n", []
+
+    def post(client):
+        with service.connect("mxdeliv") as connection:
+            head = HEAD.replace(b"192.0.2.7", b"192.0.2.%d" % client)
+            connection.sendall(head + b"Content-Length: %d\r\n\r\n" % size)
+            ready.wait(30)
+            connection.sendall(line * 1024)
+            results.append(connection.makefile("rb").read())
+
+    ready = threading.Barrier(MAX_REQUESTS)
+    threads = [threading.Thread(target=post, args=(n % 4,)) for n in range(MAX_REQUESTS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [answer.endswith(b"250 OK") for answer in results] == [True] * MAX_REQUESTS
+    _, most = memory(service)
+    assert most - before < 32 << 20
 
 
 def test_settings_that_cannot_be_read_are_a_configuration_error(start_service):

@@ -198,10 +198,9 @@ def test_no_body_becomes_two_messages_or_another_one(start, smtpd, body):
     smtpd.commands.clear()
     status, _ = smtpd.door.post(TO, body=body)
     assert smtpd.messages == ([body] if status == 200 else [])
-    assert [c.split(" ")[0] for c in smtpd.commands if c] in (
-        ["PROXY", "EHLO", "MAIL", "RCPT", "DATA", "QUIT"],
-        ["PROXY", "EHLO", "MAIL", "RCPT", "DATA"],
-    )
+    # (the QUIT of the one before may come late)
+    verbs = [command.split(" ")[0] for command in smtpd.commands]
+    assert [verb for verb in verbs if verb != "QUIT"] == ["PROXY", "EHLO", "MAIL", "RCPT", "DATA"]
 
 
 def test_what_is_too_large_is_413_announced_or_not(start, smtpd):

@@ -57,7 +57,7 @@ class Contexts:
         """*ca_path* is a directory as openssl-rehash(1) makes it, or a file of certificates."""
         self._verifying = _context()
         self._verifying.load_verify_locations(
-            **{"capath" if os.path.isdir(ca_path) else "cafile": ca_path}
+            **{"cafile" if os.path.isfile(ca_path) else "capath": ca_path}
         )
         self._trusting = _context()
         self._trusting.check_hostname = False

@@ -32,7 +32,8 @@ KEEP_DAYS = 21
 TOOLS = """
     apt-utils autopkgtest bash-completion debhelper devscripts dh-debputy dh-python diffoscope-minimal
     dpkg-dev gettext git gnupg lintian man-db mypy po-debconf procps pybuild-plugin-pyproject python3
-    python3-all python3-cryptography python3-debian python3-dkim python3-dnspython python3-httpcore
+    python3-all python3-cryptography python3-debian python3-dkim python3-dnspython python3-h11
+    python3-httpcore
     python3-hypothesis python3-jinja2 python3-levenshtein python3-lsprotocol python3-markdown
     python3-nacl python3-pygls python3-pytest python3-segno reprepro shellcheck systemd yamllint
 """.split()

@@ -417,6 +417,12 @@ class Config:
         "URL of another iroh relay, for live connections between webxdc apps. If unset this relay "
         "offers its own, if empty none is announced and clients choose one.",
     )
+    https_delivery: bool = _setting(
+        _boolean,
+        "yes",
+        "Exchange mail with other relays over HTTPS where both can, and over SMTP else; if not, over "
+        "SMTP only.",
+    )
     turn_port_range: str = _setting(
         _port_range,
         "49152-65535",

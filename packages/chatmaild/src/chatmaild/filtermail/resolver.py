@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""TXT records, asked of a resolver on loopback that validates DNSSEC and follows aliases.
+"""DNS records, asked of a resolver on loopback that validates DNSSEC and follows aliases.
 
-keys.py imports this module when the first key is needed: dnspython takes three megabytes, which a
-relay that never gets mail from elsewhere saves.
+keys.py imports this module when the first key is needed, and transport when it looks for the first
+relay: dnspython takes three megabytes, which a relay that never gets mail from elsewhere saves.
 """
 
 from __future__ import annotations
 
 import asyncio
 import struct
+from typing import Any
 
 import dns.exception
 import dns.flags
 import dns.message
 import dns.name
 import dns.rcode
-import dns.rdatatype
 
 RESEND_AFTER = 3.0  # seconds until a UDP question is repeated
 EDNS_SIZE = 1232  # octets of a UDP answer, the common safe size
@@ -28,14 +28,21 @@ class NoAnswer(Exception):
 
 
 async def txt_records(resolver: Address, name: str) -> tuple[list[bytes], float]:
-    """The TXT records at *name*, each in one piece, and for how many seconds that is so.
+    """The TXT records at *name*, each in one piece, and for how many seconds that is so; see lookup."""
+    records, ttl = await lookup(resolver, name, "TXT")
+    return [b"".join(record.strings) for record in records], ttl
+
+
+async def lookup(resolver: Address, name: str, kind: str) -> tuple[list[Any], float]:
+    """The records of a *kind* ("MX") at *name* as dnspython has them, and for how many seconds that is
+    so.
 
     None if there is no such name or record. Raises NoAnswer and OSError; without an answer at all it
     waits until it is cancelled.
     """
     try:
         query = dns.message.make_query(
-            dns.name.from_text(name + "."), dns.rdatatype.TXT, use_edns=0, payload=EDNS_SIZE
+            dns.name.from_text(name + "."), kind, use_edns=0, payload=EDNS_SIZE
         )
         answer = await _ask_udp(resolver, query)
         if answer.flags & dns.flags.TC:
@@ -106,7 +113,7 @@ async def _ask_tcp(resolver: Address, query: dns.message.Message) -> dns.message
     return answer
 
 
-def _records(answer: dns.message.Message) -> tuple[list[bytes], float]:
+def _records(answer: dns.message.Message) -> tuple[list[Any], float]:
     rcode = answer.rcode()
     if rcode not in (dns.rcode.NOERROR, dns.rcode.NXDOMAIN):
         raise NoAnswer(dns.rcode.to_text(rcode))
@@ -115,4 +122,4 @@ def _records(answer: dns.message.Message) -> tuple[list[bytes], float]:
     chain = answer.resolve_chaining()
     if rcode == dns.rcode.NXDOMAIN or chain.answer is None:
         return [], chain.minimum_ttl
-    return [b"".join(record.strings) for record in chain.answer], chain.minimum_ttl
+    return list(chain.answer), chain.minimum_ttl

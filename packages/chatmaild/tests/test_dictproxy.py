@@ -3,6 +3,7 @@
 
 import asyncio
 import contextlib
+import functools
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
@@ -137,14 +138,15 @@ async def served(path):
         listening.bind(str(path))
         threads = stack.enter_context(ThreadPoolExecutor(1))
 
-        def connect():
-            client = stack.enter_context(socket.socket(socket.AF_UNIX))
+        def connect(clients):
+            client = clients.enter_context(socket.socket(socket.AF_UNIX))
             client.setblocking(False)
             client.connect(str(path))  # BlockingIOError when nobody more may wait
             return client
 
         async with await dictproxy.start_server(Dictionary(), listening, threads):
-            yield connect
+            with contextlib.ExitStack() as clients:  # a server ends after its connections
+                yield functools.partial(connect, clients)
 
 
 def test_while_the_service_is_busy_a_thousand_connections_wait(tmp_path):

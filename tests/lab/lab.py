@@ -25,6 +25,9 @@ UNBOUND = """\
 server:
     module-config: "iterator"
     do-not-query-localhost: no
+    # one name server for everything: that it was slow once, on a busy machine, is soon forgotten
+    infra-host-ttl: 1
+    infra-keep-probing: yes
 forward-zone:
     name: "."
     forward-addr: {address}

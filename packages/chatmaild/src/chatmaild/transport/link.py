@@ -104,7 +104,9 @@ class Link:
         except ssl.SSLCertVerificationError as error:
             raise LinkError(f"certificate: {error.verify_message}") from None
         except OSError as error:
-            raise LinkError(f"no connection: {error.strerror or type(error).__name__}") from None
+            # not asyncio's own words, which name the address
+            why = os.strerror(error.errno) if error.errno else type(error).__name__
+            raise LinkError(f"no connection: {why}") from None
         return cls(host, reader, writer)
 
     @property

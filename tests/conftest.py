@@ -9,6 +9,7 @@ import pytest
 from deltachat_rpc_client import DeltaChat, Rpc
 from lab import Lab
 from lab.host import Host
+from lab.inet import Internet
 from lab.mail import Mail
 from lab.shell import wait_for
 
@@ -64,6 +65,37 @@ def relay(lab: Lab) -> Host:
     host.exec("chatmail-relay", "apply", timeout=120)
     host.install_began = begin + time.monotonic() - pause  # type: ignore[attr-defined]
     return host
+
+
+@pytest.fixture(scope="session")
+def internet(lab: Lab) -> Internet:
+    """Signed names, a certificate authority; relays of it are made by `internet_relay`."""
+    begin = time.monotonic()
+    made = Internet(lab)
+    measured["test internet: boot, install, sign"] = f"{time.monotonic() - begin:.1f} s"
+    return made
+
+
+def internet_relay(internet: Internet, name: str, number: int) -> Host:
+    """A relay NAME.example of the test internet with all its records published."""
+    host = internet.relay_host(name, number)
+    domain = f"{name}.example"
+    internet.publish(domain, host)
+    host.install_relay(domain)
+    internet.publish_zone(domain, host)
+    return host
+
+
+@pytest.fixture(scope="session")
+def alpha(internet: Internet) -> Host:
+    """The relay alpha.example; not the `relay` of the simple lab."""
+    return internet_relay(internet, "alpha", 31)
+
+
+@pytest.fixture(scope="session")
+def beta(internet: Internet) -> Host:
+    """The relay beta.example."""
+    return internet_relay(internet, "beta", 32)
 
 
 @pytest.fixture(scope="session")

@@ -77,12 +77,17 @@ def internet(lab: Lab) -> Internet:
 
 
 def internet_relay(internet: Internet, name: str, number: int) -> Host:
-    """A relay NAME.example of the test internet with all its records published."""
+    """A relay NAME.example of the test internet with all its records and a certificate by ACME."""
     host = internet.relay_host(name, number)
     domain = f"{name}.example"
-    internet.publish(domain, host)
-    host.install_relay(domain)
+    host.install_relay(domain, internet.ANSWERS)
     internet.publish_zone(domain, host)
+    host.exec("systemctl", "start", "chatmail-acme.service", timeout=120)
+    wait_for(
+        lambda: host.exec("chatmail-relay", "status", check=False).ok,
+        HEALTHY_SECONDS,
+        f"chatmail-relay status of {domain}",
+    )
     return host
 
 

@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import dns.name
 import dns.query
@@ -33,7 +34,7 @@ NUMBER = 3  # last number of the inet host's address
 PACKAGES = ("ca-certificates", "curl", "knot", "nginx", "pebble")
 ACME_NAME = "acme.example"
 ACME_DIRECTORY = f"https://{ACME_NAME}/dir"  # pebble's path
-TTL = 1  # seconds: what a test sets is seen at once
+TTL = 0  # what a test sets is seen at once, by resolvers too
 VALID_DAYS = 30  # of certificates of the lab's own authority
 
 #: One zone is the whole internet; knot signs it, and again whatever is changed.
@@ -85,6 +86,14 @@ HINTS = """\
 {server}. 3600000 AAAA {ipv6}
 """
 
+#: A relay's settings: who gives certificates here, and a machine that is busy with tests.
+SETTINGS = f"""\
+[params]
+acme_directory = {ACME_DIRECTORY}
+max_new_addresses_per_hour = 100000
+max_load_1m = 1000
+"""
+
 #: A relay's unbound: the whole difference to production but for the anchor in dns-root-data.
 UNBOUND = """\
 server:
@@ -120,6 +129,11 @@ WantedBy=multi-user.target
 #: In front of pebble, because pebble forgets everything when it ends and knows no rate limits. What a
 #: test wants to go wrong is included.
 FRONT = """\
+server {{
+    listen 80;
+    listen [::]:80;
+    return 404;
+}}
 server {{
     listen 443 ssl;
     listen [::]:443 ssl;
@@ -213,9 +227,14 @@ def _pem(certificate: x509.Certificate) -> str:
 class Internet:
     """The inet host, and what relays of this internet need of it; it ends with its lab."""
 
+    #: What the operator of a relay of this internet answers to debconf.
+    ANSWERS: ClassVar = {"tls": "select acme", "acme_agreement": "boolean true"}
+
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
         self.authority = Authority()
+        self._roots: list[str] = []
+        self._relays: list[Host] = []
         image.download(lab.tree, *PACKAGES)
         self.host = host = lab.boot("inet", NUMBER)
         self._places = {
@@ -313,11 +332,15 @@ class Internet:
             return self.host.exec("curl", "-sk", "https://127.0.0.1:15000/roots/0", check=False).out
 
         self.acme_root = wait_for(root, 20, "pebble's root certificate")
+        self._roots.append(self.acme_root)
 
     def restart_authority(self) -> None:
-        """The certificate authority forgets every account, and has a new root."""
+        """The certificate authority forgets every account, and has a new root; all relays trust both."""
         self.host.exec("systemctl", "restart", "pebble")
         self._wait_authority()
+        for host in self._relays:
+            if host.running:
+                self.trust(host)
 
     @contextmanager
     def authority_down(self) -> Iterator[None]:
@@ -326,7 +349,7 @@ class Internet:
         try:
             yield
         finally:
-            self.host.exec("systemctl", "start", "nginx")
+            self._restart_front()
 
     @contextmanager
     def authority_says(self, path: str, status: int, error: str, detail: str) -> Iterator[None]:
@@ -336,14 +359,18 @@ class Internet:
             "detail": detail,
             "status": status,
         }
-        answer = json.dumps(problem).replace("'", "\\'")
+        answer = json.dumps(problem).replace("\\", "\\\\").replace("'", "\\'")  # for nginx' quotes
         self.host.write(TROUBLE, f"location = {path} {{ return {status} '{answer}'; }}\n")
-        # a restart: old workers of a reload would still answer
-        self.host.exec("systemctl", "restart", "nginx")
+        self._restart_front()
         try:
             yield
         finally:
-            self.host.sh(f"rm {TROUBLE}; systemctl restart nginx")
+            self.host.exec("rm", TROUBLE)
+            self._restart_front()
+
+    def _restart_front(self) -> None:
+        """Not a reload: its old workers would still answer. However often tests want it."""
+        self.host.sh("systemctl reset-failed nginx; systemctl restart nginx")
 
     # -- relays ----------------------------------------------------------------------------------
 
@@ -355,6 +382,8 @@ class Internet:
         host.write("/usr/share/dns/root.key", f"{self.anchor}\n")
         host.write("/usr/share/dns/root.hints", HINTS.format(**self._places))
         host.write("/etc/unbound/unbound.conf.d/lab.conf", UNBOUND)
+        host.write("/etc/chatmail/chatmail.ini", SETTINGS)
+        self._relays.append(host)
         self.trust(host)
         return host
 
@@ -362,6 +391,7 @@ class Internet:
         """Put the authorities of this internet, and no others, into the store of *host*."""
         store = "/usr/local/share/ca-certificates"
         host.write(f"{store}/lab-web.crt", self.authority.certificate)
-        host.write(f"{store}/lab-acme.crt", self.acme_root)
+        for number, root in enumerate(self._roots):
+            host.write(f"{store}/lab-acme-{number}.crt", root)
         host.write("/etc/ca-certificates.conf", "# none of Debian's\n")
         host.exec("update-ca-certificates", "--fresh")

@@ -82,7 +82,7 @@ def internet_relay(internet: Internet, name: str, number: int) -> Host:
     domain = f"{name}.example"
     host.install_relay(domain, internet.ANSWERS)
     internet.publish_zone(domain, host)
-    host.exec("systemctl", "start", "chatmail-acme.service", timeout=120)
+    host.exec("systemctl", "start", "chatmail-acme@now.service", timeout=120)
     wait_for(
         lambda: host.exec("chatmail-relay", "status", check=False).ok,
         HEALTHY_SECONDS,

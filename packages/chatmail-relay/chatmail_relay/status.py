@@ -96,7 +96,8 @@ def _pending(paths: Paths) -> Iterator[Finding]:
 def _units(components: list[Component]) -> Iterator[Finding]:
     units = [unit for component in components for unit in component.units]
     # what a timer starts is not up, but must not have failed
-    runs = [f"{unit.removesuffix('.timer')}.service" for unit in units if unit.endswith(".timer")]
+    timers = [unit for unit in units if unit.endswith(".timer")]
+    runs = [state.get("Unit", "") for state in systemd.properties(timers, "Unit").values()]
     states = systemd.properties(
         [*units, *runs],
         "ActiveState",

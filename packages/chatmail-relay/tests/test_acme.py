@@ -67,7 +67,6 @@ def acme(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "terms_of", lambda directory: TERMS)
     monkeypatch.setattr(module, "RELOAD_TIME", 0)
     monkeypatch.setattr(module.subprocess, "run", acmetool)
-    monkeypatch.delenv("TRIGGER_UNIT", raising=False)
     settings(module)
     return module
 
@@ -78,14 +77,14 @@ def settings(acme, domain=DOMAIN, directory=DIRECTORY, agreement="true"):
     )
 
 
-def run(acme, *words):
-    assert acme.main(words) == 0
+def run(acme, what="now"):
+    assert acme.main([what]) == 0
     return acme.read_state()
 
 
 def finding(acme, capsys):
     capsys.readouterr()
-    assert acme.main(["--findings"]) == 0
+    assert acme.main(["findings"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     return found
 
@@ -204,18 +203,17 @@ def test_pauses_double_and_end_with_success(acme):
     assert (state.problem, state.failures, state.names) == ("", 0, [DOMAIN])
 
 
-def test_a_timer_waits_a_person_need_not_and_new_settings_count_at_once(acme, monkeypatch):
+def test_a_timer_waits_a_person_need_not_and_new_settings_count_at_once(acme):
     fails(acme, "serverInternal", "down")
-    run(acme)
+    run(acme, "timer")
     os.utime(acme.SETTINGS, (1, 1))
-    monkeypatch.setenv("TRIGGER_UNIT", "chatmail-acme.timer")
-    run(acme)
+    run(acme, "timer")
     assert len(acme.asked) == 1
     os.utime(acme.SETTINGS)
-    run(acme)
+    run(acme, "timer")
     assert len(acme.asked) == 2
-    monkeypatch.delenv("TRIGGER_UNIT")
-    run(acme)
+    os.utime(acme.SETTINGS, (1, 1))
+    run(acme, "now")
     assert len(acme.asked) == 3
 
 
@@ -224,17 +222,17 @@ def test_a_renewal_keeps_the_key_and_a_failure_the_certificate(acme):
     link = acme.ACME / "live" / DOMAIN
     first = link.resolve()
     fails(acme, "serverInternal", "down")
-    run(acme, "--renew")
+    run(acme, "renew")
     assert acme.asked[-1]["request"]["key"]["id"] == "key1"
     assert link.resolve() == first and not (first / "revoked").exists()
     acme.said = ""
-    run(acme, "--renew")
+    run(acme, "renew")
     assert link.resolve() != first and (first / "revoked").exists()
 
 
 def test_a_new_key_is_made_when_it_is_wanted(acme):
     run(acme)
-    run(acme, "--new-key")
+    run(acme, "new-key")
     assert "id" not in acme.asked[-1]["request"]["key"]
     run(acme)
     assert acme.asked[-1]["request"]["key"]["id"] == "key1"
@@ -263,5 +261,5 @@ def test_another_mail_domain_ends_what_was_asked_for_the_old_one(acme):
 
 def test_with_another_way_to_a_certificate_nothing_is_said_or_asked(acme, capsys):
     acme.SETTINGS.unlink()
-    assert acme.main([]) == 0 and acme.main(["--findings"]) == 0
+    assert acme.main(["now"]) == 0 and acme.main(["findings"]) == 0
     assert capsys.readouterr().out == "[]\n" and acme.asked == []

@@ -146,7 +146,9 @@ def differences(top: Path, extra: Mapping[str, bytes]) -> list[str]:
         work.mkdir(parents=True)
         try:
             with tarfile.open(next(built.glob("*.tar.xz"))) as archive:
-                archive.extractall(work, filter="data")
+                # Debian 12's Python knows no filters; this archive is our own
+                filters = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+                archive.extractall(work, **filters)
             changelog = Changelog.read(next(path for path in work.iterdir() if path.is_dir()))
             build(tree, work, changelog, OTHER)
             different = []

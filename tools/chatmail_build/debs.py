@@ -146,9 +146,10 @@ def differences(top: Path, extra: Mapping[str, bytes]) -> list[str]:
         work.mkdir(parents=True)
         try:
             with tarfile.open(next(built.glob("*.tar.xz"))) as archive:
-                # Debian 12's Python knows no filters; this archive is our own
-                filters = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-                archive.extractall(work, **filters)
+                if hasattr(tarfile, "data_filter"):
+                    archive.extractall(work, filter="data")
+                else:  # Debian 12's Python knows no filters; this archive is our own
+                    archive.extractall(work)
             changelog = Changelog.read(next(path for path in work.iterdir() if path.is_dir()))
             build(tree, work, changelog, OTHER)
             different = []

@@ -10,6 +10,7 @@ import pytest
 from deltachat_rpc_client import DeltaChat, Rpc
 from lab import Lab
 from lab.host import Host
+from lab.inet import Internet
 from lab.mail import Mail
 from lab.shell import LabError, wait_for
 
@@ -88,6 +89,42 @@ def ip_relay(lab: Lab) -> Host:
     host.exec("chatmail-relay", "set", "max_new_addresses_per_hour=100000", "max_load_1m=1000")
     host.exec("chatmail-relay", "apply", timeout=120)
     return host
+
+
+@pytest.fixture(scope="session")
+def internet(lab: Lab) -> Internet:
+    """Signed names, a certificate authority; relays of it are made by `internet_relay`."""
+    begin = time.monotonic()
+    made = Internet(lab)
+    measured["test internet: boot, install, sign"] = f"{time.monotonic() - begin:.1f} s"
+    return made
+
+
+def internet_relay(internet: Internet, name: str, number: int) -> Host:
+    """A relay NAME.example of the test internet with all its records and a certificate by ACME."""
+    host = internet.relay_host(name, number)
+    domain = f"{name}.example"
+    host.install_relay(domain, internet.ANSWERS)
+    internet.publish_zone(domain, host)
+    host.exec("systemctl", "start", "chatmail-acme@now.service", timeout=120)
+    wait_for(
+        lambda: host.exec("chatmail-relay", "status", check=False).ok,
+        HEALTHY_SECONDS,
+        f"chatmail-relay status of {domain}",
+    )
+    return host
+
+
+@pytest.fixture(scope="session")
+def alpha(internet: Internet) -> Host:
+    """The relay alpha.example; not the `relay` of the simple lab."""
+    return internet_relay(internet, "alpha", 31)
+
+
+@pytest.fixture(scope="session")
+def beta(internet: Internet) -> Host:
+    """The relay beta.example."""
+    return internet_relay(internet, "beta", 32)
 
 
 @pytest.fixture(scope="session")

@@ -83,7 +83,7 @@ def test_an_invalid_setting_is_refused_with_file_line_value_and_remedy(relay):
     assert (
         "chatmail.ini:" in done.err
         and "tls = magic: unknown way" in done.err
-        and 'Write "self"' in done.err
+        and 'Write "acme", "external" or "self"' in done.err
     )
     assert relay.exec("chatmail-relay", "status", check=False).ok
 

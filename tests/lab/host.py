@@ -17,7 +17,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from . import image
@@ -301,14 +301,21 @@ class Host:
             self.largest[unit] = max(sizes, self.largest.get(unit, sizes))
         return {unit: pss for unit, (pss, _) in total.items()}
 
-    def install_relay(self, domain: str, timeout: float = 300) -> float:
-        """apt-get install chatmail-relay from the signed repository; seconds it took."""
+    def install_relay(
+        self, domain: str, answers: Mapping[str, str] | None = None, timeout: float = 300
+    ) -> float:
+        """apt-get install chatmail-relay from the signed repository; seconds it took.
+
+        *answers* to debconf's other questions: name -> "TYPE VALUE".
+        """
         self.sh(f"cp {image.INSIDE_REPO}/{image.KEYRING_NAME} /usr/share/keyrings/")
         self.write("/etc/apt/sources.list.d/chatmail.sources", image.SOURCES)
         self.sh(image.UPDATE)
+        given = {**(answers or {})}
         if domain:
-            answer = f"chatmail-relay chatmail-relay/mail_domain string {domain}\n"
-            self.exec("debconf-set-selections", input=answer)
+            given["mail_domain"] = f"string {domain}"
+        lines = [f"chatmail-relay chatmail-relay/{name} {given[name]}\n" for name in given]
+        self.exec("debconf-set-selections", input="".join(lines))
         begin = time.monotonic()
         self.sh("apt-get install -q --yes --no-install-recommends chatmail-relay", timeout=timeout)
         return time.monotonic() - begin

@@ -73,13 +73,17 @@ class Lab:
 
     def host(self, name: str, number: int, *, names: tuple[str, ...] = ()) -> Host:
         """Boot a new host at 10.77.0.*number*; *names* get A records that point to it."""
-        namespace = self.network.attach(name, number)
-        host = Host(self.state, name, namespace, self.tree)
-        self._hosts.append(host)
+        host = self.boot(name, number)
         for item in names:
-            self.dns.set(item, "A", namespace.ipv4)
-        host.start()
+            self.dns.set(item, "A", host.address)
         host.write("/etc/unbound/unbound.conf.d/lab.conf", UNBOUND.format(address=self.dns.address))
+        return host
+
+    def boot(self, name: str, number: int) -> Host:
+        """A new host at 10.77.0.*number* and fd77::*number* that knows no name server."""
+        host = Host(self.state, name, self.network.attach(name, number), self.tree)
+        self._hosts.append(host)
+        host.start()
         return host
 
     def remove(self, host: Host) -> None:
@@ -98,13 +102,18 @@ class Lab:
         """Another client at 10.77.0.*number*; it reaches the hosts, but no client of this kind."""
         return self.network.attach(name, number, isolated=True)
 
-    def rpc_server(self, folder: Path, program: Path) -> Path:
+    def rpc_server(self, folder: Path, program: Path, resolver: str = "") -> Path:
         """A wrapper of deltachat-rpc-server that runs it at the client."""
-        return self.wrapper(folder, program)
+        return self.wrapper(folder, program, resolver=resolver)
 
-    def wrapper(self, folder: Path, program: Path, place: Namespace | None = None) -> Path:
-        """A program that runs *program* at a client, with the lab's names; made in *folder*."""
-        (folder / "resolv.conf").write_text(f"nameserver {self.dns.address}\n")
+    def wrapper(
+        self, folder: Path, program: Path, place: Namespace | None = None, resolver: str = ""
+    ) -> Path:
+        """A program that runs *program* at a client; made in *folder*.
+
+        It asks the name server *resolver*, or the lab's own.
+        """
+        (folder / "resolv.conf").write_text(f"nameserver {resolver or self.dns.address}\n")
         (folder / "hosts").write_text("127.0.0.1 localhost\n")
         wrapper = folder / f"at-client-{program.name}"
         cgroup = self.state.new_cgroup("client")

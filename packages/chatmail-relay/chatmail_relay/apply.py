@@ -24,10 +24,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
-from chatmaild.config import Config, explicit_values, read_settings
+from chatmaild.config import DEFAULT_PATH, SELF_SIGNED_CERT, Config, explicit_values, read_settings
 
-from . import postfix, systemd
+from . import certificate, postfix, systemd
 from .component import ACTIVATIONS, Component, Limit, load_components
+from .errors import CertificateError
 from .ledger import LEDGER_NAME, Entry, Ledger, ledger_path, load_ledger, remember
 from .paths import Paths
 from .ports import foreign_listeners
@@ -113,11 +114,11 @@ def make_plan(paths: Paths, version: str) -> Plan:
     return plan
 
 
-def _need(plan: Plan, component: Component, action: str) -> None:
-    """Note that *component* changed in a way that takes *action*."""
+def _need(plan: Plan, component: Component, action: str, units: list[str] | None = None) -> None:
+    """Note that *component* changed in a way that takes *action* of *units*, or of all it has."""
     if component not in plan.changed_components:
         plan.changed_components.append(component)
-    for unit in component.units:
+    for unit in component.units if units is None else units:
         _pend(plan, unit, action)
 
 
@@ -138,15 +139,16 @@ def _plan_files(
     before = old.components.get(component.name, Entry())
     known = old.files
     entry = Entry(units=list(component.units))
+    units = {item.dest: item.units for item in component.files}
     for dest, (content, mode, action) in rendered.files.items():
         change = Change(paths.real(dest), content, mode)
         entry.files[dest] = known[dest] if dest in known else remember(change.dest)
         if differs(change):
             plan.changes.append(change)
-            _need(plan, component, action)
+            _need(plan, component, action, units.get(dest))
     for dest in set(before.files) - wanted:
         plan.changes.append(_restored(paths, dest, before.files[dest]))
-        _need(plan, component, "restart")
+        _need(plan, component, "restart", units.get(dest))
     for unit in set(component.units) - set(before.units):
         _pend(plan, unit, "restart")  # new here: a reload would not start it
     entry.postconf = dict(before.postconf)
@@ -241,10 +243,13 @@ def apply(paths: Paths, version: str, *, check_all: bool = False) -> Plan:
         for secret in plan.secrets:
             os.makedirs(secret.dest.parent, 0o700, exist_ok=True)
             write_file(secret)
-        if plan.secrets:
+        if any(
+            secret.dest.parent != paths.real(SELF_SIGNED_CERT).parent for secret in plan.secrets
+        ):
             for component in plan.components:
                 for unit in component.units:
                     _pend(plan, unit, "restart")
+        _install_certificate(paths, plan)
         if check_all and paths.is_live:
             for unit in systemd.outdated([u for item in plan.components for u in item.units]):
                 _pend(plan, unit, "restart")
@@ -264,6 +269,43 @@ def apply(paths: Paths, version: str, *, check_all: bool = False) -> Plan:
             verify()
         _activate_pending(paths, plan)
         return plan
+
+
+def _install_certificate(paths: Paths, plan: Plan) -> bool:
+    """Serve what plan.config wants; whether that is new. Raises Refused, with the remedy."""
+    assert plan.config is not None
+    try:
+        pair = certificate.wanted(paths, plan.config)
+    except CertificateError as error:
+        raise Refused(
+            [f"{error}. Mend it, or run 'chatmail-relay set tls=acme' (or self)"]
+        ) from error
+    if not certificate.install(paths, pair):
+        return False
+    for component in plan.components:
+        for unit in component.certificate:
+            _pend(plan, unit, "reload")
+    return True
+
+
+def take_certificate(paths: Paths) -> bool:
+    """Serve a new certificate of the way in force; whether there was one.
+
+    The settings are those of the last apply: what was edited since is not in force. Raises Refused if the
+    new one cannot be used; the one before is then still served.
+    """
+    with lock(paths):
+        Transaction(paths.state).recover()
+        ledger = load_ledger(paths.state)
+        if not ledger.components:
+            raise NotConfigured
+        config, _warnings = read_settings(paths.real(str(DEFAULT_PATH)))
+        plan = Plan(ledger, components=load_components(paths.components), config=config)
+        if not _install_certificate(paths, plan):
+            return False
+        _save_ledger(paths, ledger)
+        _activate_pending(paths, plan)
+        return True
 
 
 def _activate_pending(paths: Paths, plan: Plan) -> None:
@@ -317,7 +359,7 @@ def unapply(paths: Paths) -> list[str]:
 
 def _remove_empty(paths: Paths, folder: Path) -> None:
     """Remove *folder* and those above it as far as they are ours and empty."""
-    ours = (paths.real("/etc/chatmail"), paths.real("/var/lib/chatmail"))
+    ours = tuple(map(paths.real, ("/etc/chatmail", "/etc/systemd/system", "/var/lib/chatmail")))
     while any(base in folder.parents for base in ours):
         try:
             folder.rmdir()

@@ -31,6 +31,7 @@ from .apply import (
     make_plan,
     recover,
     shown_changes,
+    take_certificate,
     unapply,
 )
 from .component import ComponentError
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None, *, root: str = "/") -> int:
             print(json.dumps({"configured": False}))
         else:
             print(HOW_TO_GO_ON)
-        return 0 if options.command in ("apply", "recover", "unapply") else 1
+        return 0 if options.command in ("apply", "certificate", "recover", "unapply") else 1
     except ERRORS as error:
         for line in str(error).splitlines():
             print(f"chatmail-relay: {line}", file=sys.stderr)
@@ -124,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     add_commands(commands, common)
     dns.add_command(commands, common)
     selftest.add_command(commands, common)
+    command("certificate", _certificate, "serve the newest certificate (run when it changes)")
     command("unapply", _unapply, "put back what was there before the relay")
     command("recover", _recover, "repair what an interrupted apply left (run at boot)")
     web_pages = command("web", _web, "list the web pages' files and where each comes from")
@@ -254,6 +256,13 @@ def _status(paths: Paths, options: argparse.Namespace) -> int:
     if not is_configured(paths):
         raise NotConfigured
     return _report(options, status(paths, _version()))
+
+
+def _certificate(paths: Paths, options: argparse.Namespace) -> int:
+    new = take_certificate(paths)
+    text = "a new certificate is served" if new else "the newest certificate is served already"
+    _print(options, {"new": new}, [f"chatmail-relay: {text}"])
+    return 0
 
 
 def _unapply(paths: Paths, options: argparse.Namespace) -> int:

@@ -28,6 +28,7 @@ class File:
     mode: int
     activate: str
     when: str | None
+    units: list[str] | None  # the units concerned, if not all of the component
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class Component:
     master: dict[str, str] = field(default_factory=dict)
     listen: list[Listen] = field(default_factory=list)
     limits: list[Limit] = field(default_factory=list)
+    certificate: list[str] = field(default_factory=list)  # units to reload for a new one
+    findings: list[list[str]] = field(default_factory=list)  # commands of `status`
     site: Site | None = None
 
 
@@ -94,6 +97,8 @@ _KEYS = {
     "master",
     "listen",
     "limit",
+    "certificate",
+    "findings",
     "site",
 }
 _BUILD_KEYS = {"triggers", "dropin", "install"}
@@ -132,6 +137,7 @@ def _component(path: Path, data: dict[str, Any]) -> Component:
                 mode=int(item.get("mode", "0644"), 8),
                 activate=_activation(item.get("activate", default)),
                 when=item.get("when"),
+                units=item.get("units"),
             )
             for item in data.get("file", [])
         ],
@@ -152,6 +158,8 @@ def _component(path: Path, data: dict[str, Any]) -> Component:
             Limit(item["sysctl"], str(item["at_least"]), item.get("remedy", ""))
             for item in data.get("limit", [])
         ],
+        certificate=list(data.get("certificate", [])),
+        findings=[list(map(str, command)) for command in data.get("findings", [])],
         site=Site(**data["site"]) if "site" in data else None,
     )
 

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Errors of templates, with their place."""
+"""Errors that several modules raise; those of templates with their place."""
 
 import contextlib
 from collections.abc import Iterator
 
 import jinja2
+
+
+class CertificateError(Exception):
+    """A certificate and key that cannot be served: says which file, and why."""
 
 
 class RenderError(Exception):

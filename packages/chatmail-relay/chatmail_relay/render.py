@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from chatmaild.config import Config, render_ini
+from chatmaild.config import LIVE_CERT, LIVE_KEY, Config, render_ini
 from chatmaild.invite import invite
 
 from . import web
@@ -35,8 +35,9 @@ def context(config: Config, explicit: dict[str, str], version: str) -> dict[str,
         "header": HEADER,
         "version": version,
         "settings_file": render_ini(explicit, HEADER),
-        "tls_cert": config.tls_cert,
-        "tls_key": config.tls_key,
+        "tls_cert": LIVE_CERT,
+        "tls_key": LIVE_KEY,
+        "certificate_source": config.certificate_source,
         "mail_host": config.mail_host,
         "is_ip_relay": config.is_ip_relay,
         "has_mail_address": config.is_ip_relay and _is_own(config.mail_host),

@@ -30,7 +30,8 @@ VALID_DAYS = 36500
 def missing_secrets(paths: Paths, config: Config) -> list[Change]:
     """The key files that must be made for *config*; existing ones are never replaced.
 
-    The certificate is made anew for its old key when the domain changes: clients may know the key.
+    The certificate is made anew for its old key when the domain changes: clients may know the key. It is made
+    with `tls = acme` and `external` too: something must be served until theirs is there.
     """
     changes = []
     if not paths.real(DKIM_RSA).exists():
@@ -41,9 +42,7 @@ def missing_secrets(paths: Paths, config: Config) -> list[Change]:
         changes.append(Change(paths.real(DKIM_ED25519), _pem(second), 0o600))
     if not paths.real(TURN_SECRET).exists():
         changes.append(Change(paths.real(TURN_SECRET), secrets.token_urlsafe(32).encode(), 0o600))
-    if config.tls == "self":
-        changes += _self_signed(paths, config)
-    return changes
+    return changes + _self_signed(paths, config)
 
 
 def _self_signed(paths: Paths, config: Config) -> list[Change]:

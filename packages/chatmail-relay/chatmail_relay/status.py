@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chatmaild import appversions
-from chatmaild.config import Config, ConfigError, read_settings
-from cryptography import x509
+from chatmaild.config import LIVE_CERT, Config, ConfigError, read_settings
 
 from . import systemd
 from .apply import Plan, limits, make_plan, run_checkers
+from .certificate import live, self_signed, wanted
 from .component import Component, load_components
-from .errors import RenderError
+from .errors import CertificateError, RenderError
 from .ledger import load_ledger
 from .paths import Paths
 from .ports import listeners
@@ -27,6 +27,7 @@ from .render import overrides
 CERTIFICATE_DAYS = 14  # fewer days left than this is not well
 QUEUE_LENGTH = 1000  # deferred messages
 QUEUE_TIMEOUT = 60  # seconds
+FINDINGS_TIMEOUT = 30  # seconds
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,11 @@ def status(paths: Paths, version: str) -> list[Finding]:
     findings += _pending(paths)
     findings += _units(components)
     findings += _ports(components)
+    findings += _of_components(components)
     findings.append(_queue())
     if plan is not None:
         assert plan.config is not None
-        findings.append(certificate(plan.config))
+        findings += certificate(paths, plan.config)
         findings.append(_disk(plan.config))
         findings += _limits(paths, plan, version)
     return findings
@@ -117,7 +119,8 @@ def _pending(paths: Paths) -> Iterator[Finding]:
 def _units(components: list[Component]) -> Iterator[Finding]:
     units = [unit for component in components for unit in component.units]
     # what a timer starts is not up, but must not have failed
-    runs = [f"{unit.removesuffix('.timer')}.service" for unit in units if unit.endswith(".timer")]
+    timers = [unit for unit in units if unit.endswith(".timer")]
+    runs = [state.get("Unit", "") for state in systemd.properties(timers, "Unit").values()]
     states = systemd.properties(
         [*units, *runs],
         "ActiveState",
@@ -183,22 +186,56 @@ def _ports(components: list[Component]) -> Iterator[Finding]:
         )
 
 
-def certificate(config: Config) -> Finding:
-    """Whether the certificate can be read, names the domain and is valid for two more weeks."""
-    what, path = "certificate", Path(config.tls_cert)
+#: What to do about a certificate of each way.
+CERTIFICATE_REMEDY = {
+    "acme": "see the line of acme",
+    "external": "renew it, in the files of tls_external_cert_and_key",
+    "self": "set tls = acme or external",
+}
+
+
+def certificate(paths: Paths, config: Config) -> Iterator[Finding]:
+    """Whether what is served names the domain and is valid for two more weeks; whether it is current."""
+    what, remedy = "certificate", CERTIFICATE_REMEDY[config.tls]
+    pair = live(paths)
+    if pair is None:
+        yield Finding(what, False, f"{LIVE_CERT} cannot be used", "run chatmail-relay apply")
+        return
+    days = (
+        pair.certificate.not_valid_after_utc - datetime.datetime.now(datetime.timezone.utc)
+    ).days
+    if config.tls != "self" and pair == self_signed(paths):
+        yield Finding(what, False, "a temporary self-signed one, which clients refuse", remedy)
+    elif not pair.is_for(config.mail_host):
+        names = ", ".join(pair.names) or "nothing"
+        yield Finding(what, False, f"names {names}, not {config.mail_host}", remedy)
+    elif days < 0:
+        yield Finding(what, False, "has expired", remedy)
+    else:
+        yield Finding(what, days >= CERTIFICATE_DAYS, f"valid for {days} days", remedy)
     try:
-        cert = x509.load_pem_x509_certificate(path.read_bytes())
-        extension = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName)
-        names = extension.value.get_values_for_type(x509.DNSName)
-        names += map(str, extension.value.get_values_for_type(x509.IPAddress))
-    except (OSError, ValueError, x509.ExtensionNotFound) as error:
-        return Finding(what, False, f"{path}: {error}", "set tls_external_cert_and_key")
-    wildcard = "*." + config.mail_host.partition(".")[2]
-    if config.mail_host not in names and (config.is_ip_relay or wildcard not in names):
-        return Finding(what, False, f"{path} does not name {config.mail_host}", "get one that does")
-    days = (cert.not_valid_after_utc - datetime.datetime.now(datetime.timezone.utc)).days
-    detail = f"{path} is valid for {days} days"
-    return Finding(what, days >= CERTIFICATE_DAYS, detail, "renew it")
+        newest = wanted(paths, config)
+    except CertificateError as error:
+        yield Finding("new certificate", False, f"{error}; the one before is served", "mend it")
+        return
+    if newest != pair:
+        remedy = "run chatmail-relay certificate"
+        yield Finding("new certificate", False, "is there, but not served", remedy)
+
+
+def _of_components(components: list[Component]) -> Iterator[Finding]:
+    """What components say of themselves: JSON, a list of objects with the fields of Finding."""
+    for component in components:
+        for command in component.findings:
+            try:
+                done = subprocess.run(
+                    command, capture_output=True, text=True, timeout=FINDINGS_TIMEOUT
+                )
+                yield from [Finding(**item) for item in json.loads(done.stdout)]
+            except (OSError, subprocess.TimeoutExpired, ValueError, TypeError) as error:
+                yield Finding(
+                    component.name, False, f"{' '.join(command)}: {error}", "report a bug"
+                )
 
 
 def _queue() -> Finding:

@@ -450,7 +450,7 @@ def test_the_hash_is_that_of_the_public_key(tmp_path):
         change.dest.write_bytes(change.content)
     first = records.tlsa_text(paths, settings)
     assert first.startswith("3 1 1 ") and len(first) == 6 + 64
-    paths.real(settings.tls_cert).unlink()
+    paths.real(settings.certificate_source[0]).unlink()
     for change in missing_secrets(paths, settings):  # a new certificate for the old key
         change.dest.write_bytes(change.content)
     assert records.tlsa_text(paths, settings) == first

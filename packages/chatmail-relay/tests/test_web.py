@@ -269,7 +269,9 @@ def test_the_front_page_fits_the_way_to_register(root, settings, words):
 
 
 def test_a_self_signed_certificate_of_an_ordinary_name_has_no_short_code(root):
-    page = build(root, "[params]\nmail_domain = a.example\n", SHIPPED)["index.html"].decode()
+    page = build(root, "[params]\nmail_domain = a.example\ntls = self\n", SHIPPED)[
+        "index.html"
+    ].decode()
     assert 'href="/invite"' in page and "dcaccount:" not in page
 
 

@@ -50,7 +50,8 @@ def test_one_client_may_hold_a_fifth_of_the_connections_unless_said_otherwise(te
 @pytest.mark.parametrize(
     ("text", "url"),
     [
-        ("", "http://chat.example.org"),
+        ("", "https://chat.example.org"),
+        ("tls = self", "http://chat.example.org"),
         ("tls_external_cert_and_key = /c /k", "https://chat.example.org"),
         ("iroh_relay = https://iroh.example", "https://iroh.example"),
         ("iroh_relay =", ""),
@@ -101,6 +102,9 @@ def test_notifications_go_encrypted_or_to_loopback_or_nowhere(url):
         ("passthrough_recipients", "@x.example y", "y is neither"),
         ("privacy_mail", "me", "not a mail address"),
         ("tls", "magic", "unknown way"),
+        ("acme_directory", "", "not the URL"),
+        ("acme_directory", "http://acme.example/dir", "not the URL"),
+        ("acme_agreement", "perhaps", "neither true nor false"),
         ("tls", "external", "no certificate is given"),
         ("tls_external_cert_and_key", "/a", "not exactly two paths"),
         ("tls_external_cert_and_key", "/a b", "not a plain absolute path"),
@@ -164,8 +168,35 @@ def test_keys_of_older_relays_are_warnings_that_name_a_replacement():
 
 
 def test_a_self_signed_ordinary_domain_is_a_warning_an_underscore_domain_is_not():
-    assert [w.key for w in read(DOMAIN)[1]] == ["tls"]
+    assert [w.key for w in read(DOMAIN + "tls = self\n")[1]] == ["tls"]
     assert read("[params]\nmail_domain = _alpha.example\n")[1] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "tls"),
+    [
+        (DOMAIN, "acme"),
+        (DOMAIN + "tls_external_cert_and_key = /c /k\n", "external"),
+        ("[params]\nmail_domain = _alpha.example\n", "self"),
+    ],
+)
+def test_the_way_to_a_certificate_follows_from_the_rest_of_the_file(text, tls):
+    assert read(text)[0].tls == tls
+
+
+def test_acme_without_agreement_is_a_warning_and_for_an_underscore_domain_an_error():
+    assert [w.key for w in read(DOMAIN)[1]] == ["acme_agreement"]
+    assert read(DOMAIN + "acme_agreement = yes\n")[1] == []
+    (problem,) = problems("[params]\nmail_domain = _alpha.example\ntls = acme\n")
+    assert problem.key == "tls" and "certificate authority" in problem.message
+
+
+def test_the_source_of_the_certificate_is_that_of_the_way_in_force():
+    live = "/var/lib/acme/live/chat.example.org"
+    assert read(DOMAIN)[0].certificate_source == (f"{live}/fullchain", f"{live}/privkey")
+    assert read(DOMAIN + "tls_external_cert_and_key = /c /k")[0].certificate_source == ("/c", "/k")
+    own = read("[params]\nmail_domain = _alpha.example\n")[0].certificate_source
+    assert own == ("/var/lib/chatmail/tls/self-signed.crt", "/var/lib/chatmail/tls/self-signed.key")
 
 
 def test_sizes_have_the_units_of_existing_relays():

@@ -183,7 +183,9 @@ def tlsa_text(paths: Paths, config: Config) -> str | None:
     if config.tls not in ("self", "external"):
         return None
     try:
-        certificate = x509.load_pem_x509_certificate(paths.real(config.tls_cert).read_bytes())
+        certificate = x509.load_pem_x509_certificate(
+            paths.real(config.certificate_source[0]).read_bytes()
+        )
     except (OSError, ValueError):
         return None
     key = certificate.public_key().public_bytes(

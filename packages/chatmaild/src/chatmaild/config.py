@@ -27,6 +27,11 @@ DEFAULT_PATH = Path("/etc/chatmail/chatmaild/chatmail.ini")
 TURN_PORT = 3478  # UDP (RFC 8656 section 12.3)
 SELF_SIGNED_CERT = "/var/lib/chatmail/tls/self-signed.crt"
 SELF_SIGNED_KEY = "/var/lib/chatmail/tls/self-signed.key"
+ACME_LIVE = "/var/lib/acme/live"  # acmetool's: NAME/fullchain, NAME/privkey
+ACME_DIRECTORY = "https://acme-v02.api.letsencrypt.org/directory"
+# what the daemons read: a copy of the pair that one of the three ways has brought
+LIVE_CERT = "/var/lib/chatmail/tls/live/fullchain.pem"
+LIVE_KEY = "/var/lib/chatmail/tls/live/privkey.pem"
 
 
 class Problem(NamedTuple):
@@ -205,8 +210,16 @@ def _cert_and_key(text: str) -> tuple[str, str] | None:
 
 
 def _tls(text: str) -> str:
-    if text not in ("self", "external"):
-        raise _Invalid("unknown way to get a certificate", 'Write "self" or "external"')
+    if text not in ("acme", "external", "self"):
+        raise _Invalid("unknown way to get a certificate", 'Write "acme", "external" or "self"')
+    return text
+
+
+def _directory(text: str) -> str:
+    if not re.match(r"https://[a-z0-9.-]+(:[0-9]{1,5})?/[A-Za-z0-9/._~-]*\Z", text):
+        raise _Invalid(
+            "not the URL of an ACME directory", f'Write a URL such as "{ACME_DIRECTORY}"'
+        )
     return text
 
 
@@ -298,8 +311,10 @@ class Config:
     tls: str = _setting(
         _tls,
         None,
-        'Where the certificate comes from: "self" (made by the relay) or "external" (the files of '
-        "tls_external_cert_and_key). If unset: external where those files are given, else self.",
+        'Where the certificate comes from: "acme" (a certificate authority such as Let\'s Encrypt, '
+        'renewed by itself), "external" (the files of tls_external_cert_and_key, taken over whenever '
+        'they change) or "self" (made by the relay). If unset: external where those files are given, '
+        'self for an address or a mail_domain that starts with "_", else acme.',
     )
     tls_external_cert_and_key: tuple[str, str] | None = _setting(
         _cert_and_key, "", "Paths of the certificate chain and of its private key, PEM."
@@ -411,6 +426,18 @@ class Config:
     acme_email: str = _setting(
         _address, "", "Contact address for the certificate authority.", "Services"
     )
+    acme_agreement: bool = _setting(
+        _boolean,
+        "false",
+        "Whether you agree to the terms of service of the certificate authority; it issues nothing "
+        "before. Their address is logged when the relay registers there.",
+    )
+    acme_directory: str = _setting(
+        _directory,
+        ACME_DIRECTORY,
+        "Directory of the certificate authority (RFC 8555). Another one takes effect with the next "
+        "certificate, which is asked for at once.",
+    )
     iroh_relay: str | None = _setting(
         _url,
         None,
@@ -481,18 +508,17 @@ class Config:
         return self.mail_domain.startswith("_")
 
     @property
-    def tls_cert(self) -> str:
-        """Path of the certificate chain, PEM."""
-        if self.tls == "external" and self.tls_external_cert_and_key:
-            return self.tls_external_cert_and_key[0]
-        return SELF_SIGNED_CERT
+    def certificate_source(self) -> tuple[str, str]:
+        """Paths of the certificate chain and its key, PEM, where the way of `tls` puts them.
 
-    @property
-    def tls_key(self) -> str:
-        """Path of the private key, PEM, readable by root only."""
+        Daemons read LIVE_CERT and LIVE_KEY, to which `chatmail-relay` copies what is good there.
+        """
         if self.tls == "external" and self.tls_external_cert_and_key:
-            return self.tls_external_cert_and_key[1]
-        return SELF_SIGNED_KEY
+            return self.tls_external_cert_and_key
+        if self.tls == "acme":
+            folder = f"{ACME_LIVE}/{self.mail_domain}"
+            return f"{folder}/fullchain", f"{folder}/privkey"
+        return SELF_SIGNED_CERT, SELF_SIGNED_KEY
 
     @property
     def iroh_relay_url(self) -> str:
@@ -639,13 +665,17 @@ def _check_together(values: dict[str, Any], problem: Callable[[str, str, str], N
         problem("max_message_size", "above max_mailbox_size", "Make it the smaller one")
     if values["tls"] == "external" and not values["tls_external_cert_and_key"]:
         problem("tls", "no certificate is given", "Set tls_external_cert_and_key as well")
+    if values["tls"] == "acme" and values["mail_domain"].startswith(("_", "[")):
+        remedy = "Set tls = self, or a mail_domain that is in the DNS"
+        problem("tls", "no certificate authority knows such a name", remedy)
     if values["min_free_disk_space"] == 0:
         problem("min_free_disk_space", "leaves no room", 'Write at least "1M"')
 
 
 def _fill_derived(values: dict[str, Any]) -> None:
     if values["tls"] is None:
-        values["tls"] = "external" if values["tls_external_cert_and_key"] else "self"
+        own = "self" if values["mail_domain"].startswith(("_", "[")) else "acme"
+        values["tls"] = "external" if values["tls_external_cert_and_key"] else own
     if values["mailboxes_dir"] is None:
         values["mailboxes_dir"] = f"/var/lib/chatmail/mail/{values['mail_domain'].strip('[]')}"
     if values["max_connections_per_client"] is None:
@@ -664,10 +694,14 @@ def _warn(config: Config, section: dict[str, str], warn: Callable[[str, str, str
         warn(
             "tls",
             "clients and other relays refuse a self-signed certificate of this name",
-            'Set tls = external, or a mail_domain that starts with "_"',
+            'Set tls = acme or external, or a mail_domain that starts with "_"',
         )
-    if config.tls == "self" and config.tls_external_cert_and_key:
-        warn("tls_external_cert_and_key", "is not used with tls = self", "Remove one of the two")
+    if config.tls == "acme" and not config.acme_agreement:
+        warn(
+            "acme_agreement",
+            "no certificate is asked for without it",
+            "Set it to true if you agree to the terms of the certificate authority",
+        )
 
 
 def render_ini(config_text: dict[str, str], header: str) -> str:

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: MIT
+"""The real client with servers of ordinary names, whose certificate authority it does not know.
+
+It takes no authority but the public ones. But it remembers the keys of servers whose certificate was good
+once (its table tls_spki), and then looks at the key and the name alone: these keys are written there.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import sqlite3
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+
+SPKI = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def remember_keys(accounts: Path, certificates: Mapping[str, x509.Certificate]) -> None:
+    """Let every account below *accounts* trust the keys of *certificates*, by host name.
+
+    The client must not be running.
+    """
+    now = int(time.time())
+    rows = []
+    for host, certificate in certificates.items():
+        digest = hashlib.sha256(certificate.public_key().public_bytes(*SPKI)).digest()
+        rows.append((host, base64.b64encode(digest).decode(), now))
+    for path in accounts.glob("*/dc.db"):
+        with sqlite3.connect(path) as database:
+            database.executemany(
+                "INSERT OR REPLACE INTO tls_spki (host, spki_hash, timestamp) VALUES (?, ?, ?)",
+                rows,
+            )
+        database.close()

@@ -102,8 +102,8 @@ def internet(lab: Lab) -> Internet:
 
 def internet_relay(internet: Internet, name: str, number: int) -> Host:
     """A relay NAME.example of the test internet with all its records and a certificate by ACME."""
-    host = internet.relay_host(name, number)
     domain = f"{name}.example"
+    host = internet.relay_host(domain, number)  # a host is often called like its mail domain
     host.install_relay(domain, internet.ANSWERS)
     internet.publish_zone(domain, host)
     host.exec("systemctl", "start", "chatmail-acme@now.service", timeout=120)
@@ -118,13 +118,13 @@ def internet_relay(internet: Internet, name: str, number: int) -> Host:
 @pytest.fixture(scope="session")
 def alpha(internet: Internet) -> Host:
     """The relay alpha.example; not the `relay` of the simple lab."""
-    return internet_relay(internet, "alpha", 31)
+    return internet_relay(internet, "alpha", 51)
 
 
 @pytest.fixture(scope="session")
 def beta(internet: Internet) -> Host:
     """The relay beta.example."""
-    return internet_relay(internet, "beta", 32)
+    return internet_relay(internet, "beta", 52)
 
 
 @pytest.fixture(scope="session")

@@ -95,7 +95,7 @@ def spki(certificate):
 @pytest.fixture(scope="module")
 def relay(lab, internet):
     """A relay with an ordinary name, installed while the DNS knows nothing of it."""
-    host = internet.relay_host("gamma", 33)
+    host = internet.relay_host("gamma", 53)
     host.install_relay(DOMAIN, internet.ANSWERS)
     made = Relay(lab, internet, host)
     yield made

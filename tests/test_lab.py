@@ -24,7 +24,7 @@ NOWHERE = "192.0.2.1"  # RFC 5737
 @pytest.fixture(scope="module")
 def host(lab):
     """A plain machine."""
-    made = lab.host("plain", 21, names=("plain.example",))
+    made = lab.host("plain", 24, names=("plain.example",))
     yield made
     lab.remove(made)
 
@@ -36,7 +36,7 @@ def ask(lab, name, kind):
 
 
 def test_two_hosts_reach_each_other_and_nothing_else(lab, host):
-    other = lab.host("other", 22)
+    other = lab.host("other", 25)
     try:
         for address in (other.namespace.ipv4, other.namespace.ipv6):
             with inside(host.namespace), socket.create_server(("", 0)) as unused:
@@ -171,3 +171,9 @@ def test_a_process_that_got_a_recorded_number_later_is_not_killed(tmp_path):
     finally:
         bystander.kill()
         bystander.wait()
+
+
+def test_two_hosts_never_share_a_name_or_an_address(lab, host):
+    for name, number in ((host.name, 26), ("another", 24)):
+        with pytest.raises(LabError, match="in use"):
+            lab.place(name, number)

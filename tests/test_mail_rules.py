@@ -371,7 +371,7 @@ def test_without_the_filter_no_mail_is_taken(mail, relay, alice, bob):
 
 def test_one_client_holds_so_many_connections_and_others_still_get_in(mail, relay, lab):
     """For IPv6 those of one network of 64 bits, as all of the lab, are one client."""
-    neighbour = lab.place("neighbour", 21)
+    neighbour = lab.place("neighbour", 43)
 
     def connect(place, host, port=993):
         with inside(place):

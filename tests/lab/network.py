@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .cleanup import NETNS, Run
-from .shell import run
+from .shell import LabError, run
 
 IPV4 = "10.77.0.{}"
 IPV6 = "fd77::{}"
@@ -92,6 +92,7 @@ class Network:
 
     def __init__(self, state: Run) -> None:
         self._state = state
+        self._attached: set[str | int] = set()
         self.switch = self._namespace("sw")
         ip = ["ip", "-n", self.switch.name, "link"]
         run([*ip, "add", "br0", "type", "bridge"])
@@ -100,8 +101,12 @@ class Network:
     def attach(self, name: str, number: int, *, isolated: bool = False) -> Namespace:
         """A namespace NAME with 10.77.0.`number`/24 and fd77::`number`/64 on the bridge.
 
-        Those that are `isolated` reach all others, but not each other.
+        Those that are `isolated` reach all others, but not each other. Name and number are the
+        run's only ones, else LabError.
         """
+        if taken := self._attached & {name, number}:
+            raise LabError(f"in use on the lab's network: {taken}")
+        self._attached |= {name, number}
         namespace = self._namespace(name, IPV4.format(number), IPV6.format(number))
         port = f"p-{name}"[:15]
         run(
@@ -123,6 +128,8 @@ class Network:
     def detach(self, namespace: Namespace) -> None:
         """Delete a namespace; the kernel removes its veth pair with it."""
         run(["ip", "netns", "del", namespace.name])
+        last = namespace.ipv4.rpartition(".")[2]
+        self._attached -= {namespace.name.partition("-")[2], int(last or 0)}
 
     def close(self) -> None:
         self.detach(self.switch)

@@ -12,6 +12,7 @@ from lab import Lab
 from lab.host import Host
 from lab.inet import Internet
 from lab.mail import Mail
+from lab.push import PushServer
 from lab.shell import LabError, wait_for
 
 DOMAIN = "_alpha.example"
@@ -131,6 +132,16 @@ def beta(internet: Internet) -> Host:
 def mail(lab: Lab, relay: Host) -> Mail:
     """Raw SMTP and IMAP to the relay."""
     return Mail(lab, relay.address, DOMAIN)
+
+
+@pytest.fixture(scope="module")
+def push(lab: Lab, relay: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PushServer]:
+    """The notification server, where relays look for it, and trusted."""
+    server = PushServer(lab, tmp_path_factory.mktemp("push"))
+    server.trust(relay)
+    yield server
+    server.trust(relay, False)
+    server.close()
 
 
 def rpc_program() -> Path:

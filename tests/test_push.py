@@ -10,7 +10,6 @@ import pytest
 from conftest import DOMAIN, measured, new_account
 from lab.mail import Account
 from lab.messages import encrypted
-from lab.push import PushServer
 from lab.shell import wait_for
 
 UNIT = "chatmail-metadata.service"
@@ -30,16 +29,6 @@ connection = socket.socket(socket.AF_UNIX)
 connection.connect("/run/chatmail/metadata/metrics.socket")
 print(connection.makefile().read())
 """
-
-
-@pytest.fixture(scope="module")
-def push(lab, relay, tmp_path_factory):
-    """The notification server, where relays look for it, and trusted."""
-    server = PushServer(lab, tmp_path_factory.mktemp("push"))
-    server.trust(relay)
-    yield server
-    server.trust(relay, False)
-    server.close()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from deltachat_rpc_client import DeltaChat, Rpc
@@ -30,7 +31,14 @@ RELAY_UNITS = (
     "systemd-journald@chatmail.service",
 )
 
+#: Test files that share hosts beside the relay.
+TOGETHER = {
+    "internet": ("test_acme", "test_federation", "test_inet", "test_tls"),
+    "ip_relay": ("test_ip_relay", "test_selftest"),
+}
+
 _counts: dict[str, int] = {}
+_largest: dict[str, tuple[float, float]] = {}  # (PSS, RSS) in MiB by unit
 measured: dict[str, str] = {}
 _relays: list[Host] = []  # the one of the session, once it runs
 
@@ -175,6 +183,33 @@ def new_account(delta: DeltaChat, name: str):
     return account
 
 
+# -- two workers (pytest-xdist) share the test files, each with a lab of its own ------------------------
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that share hosts go to one worker; the longest such group begins, what must be last ends."""
+    groups = {file: group for group, files in TOGETHER.items() for file in files}
+    first = next(iter(TOGETHER))
+
+    def group(item: pytest.Item) -> str:
+        return groups.get(item.path.stem, item.path.stem)
+
+    items.sort(key=lambda item: (group(item) != first, item.path.stem.startswith("test_zz")))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """What a worker measured; what two did, as the first says, and of memory the most."""
+    told = getattr(node, "workeroutput", {})
+    for what, value in told.get("measured", {}).items():
+        measured.setdefault(what, value)
+    for unit, used in told.get("largest", {}).items():
+        _largest[unit] = max(tuple(used), _largest.get(unit, (0, 0)))
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Count what passed, by test file."""
     name = report.location[0]
@@ -184,6 +219,11 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """A module of tests/expected.txt that passed nothing fails a complete run."""
+    for host in _relays:
+        _largest.update({u: max(_largest.get(u, (0, 0)), used) for u, used in host.largest.items()})
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput.update(measured=measured, largest=_largest)
+        return
     if session.config.args != [str(session.config.rootpath / "tests")] and session.config.args != [
         "tests"
     ]:
@@ -201,8 +241,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("measured (goals never fail a run)")
         for what, value in measured.items():
             terminalreporter.write_line(f"{what}: {value}")
-    for host in _relays:
+    if _largest:
         terminalreporter.section("memory of each unit, the most that was seen (MB)")
-        for unit, (pss, rss) in sorted(host.largest.items(), key=lambda item: -item[1][0]):
+        for unit, (pss, rss) in sorted(_largest.items(), key=lambda item: -item[1][0]):
             if unit.endswith(".service"):
                 terminalreporter.write_line(f"{pss:8.1f} PSS {rss:8.1f} RSS  {unit}")

@@ -118,7 +118,7 @@ def test_a_condition_that_stays_false_fails_with_its_last_value():
 
 def test_two_labs_do_not_disturb_each_other(lab, host):
     with Lab("second") as second:
-        twin = second.host("plain", 21)
+        twin = second.host("plain", 24)
         assert twin.address == host.address
         assert host.exec("true").ok and twin.exec("true").ok
     assert host.exec("true").ok

@@ -13,8 +13,17 @@ PORTS = {25: "smtp", 587: "smtp", 465: "", 143: "imap", 993: "", 443: ""}
 #: What is asked: protocols, kinds of ciphers, forward secrecy, certificate, and all known attacks.
 CHECKS = ("--protocols", "--std", "--fs", "--server-defaults", "--vulnerable")
 WELL = {"OK", "INFO", "LOW", "DEBUG"}
-#: Findings that stay, each for a reason.
-EXCEPTIONS: dict[str, str] = {}
+#: What is found, and stays.
+EXCEPTIONS = {
+    "cert_revocation": "the test internet's authority publishes no list of what it revoked",
+    "BREACH": "compressed are only files that are the same for everybody",
+}
+#: What testssl.sh could not look at.
+UNSEEN = {
+    "engine_problem": "Debian's openssl has no GOST ciphers, and neither have our daemons",
+    "NPN": "an extension of TLS 1.2, on a port that speaks 1.3 alone",
+    "sessionresumption_ticket": "Dovecot closes the connection without a login",
+}
 SECONDS = 300
 
 
@@ -25,8 +34,8 @@ server {
     listen 8443 ssl;
     ssl_certificate /root/careless.pem;
     ssl_certificate_key /root/careless.key;
-    ssl_protocols TLSv1 TLSv1.1 TLSv1.2;
-    ssl_ciphers ALL:@SECLEVEL=0;
+    ssl_protocols TLSv1.2;
+    ssl_ciphers ALL:aNULL:@SECLEVEL=0;
 }
 """
 
@@ -49,10 +58,12 @@ def scan(internet, name, address, port, *checks):
 
 
 def bad(findings):
+    """What is above low and what could not be looked at, each but the known; id -> what it says."""
     return {
         item["id"]: f"{item['severity']}: {item['finding']}"
         for item in findings
         if item["severity"] not in WELL
+        and item["id"] not in (UNSEEN if item["severity"] == "WARN" else EXCEPTIONS)
     }
 
 
@@ -79,12 +90,14 @@ def scans(internet, alpha, authorities):
 def test_nothing_above_low_is_found_but_the_exceptions(scans, port):
     seen = {item["id"].partition(" ")[0] for item in scans[port]}
     assert {"TLS1", "TLS1_2", "TLS1_3", "heartbleed", "cert_chain_of_trust"} <= seen
-    found = bad(scans[port])
-    assert set(found) <= set(EXCEPTIONS), found
+    assert bad(scans[port]) == {}
 
 
 def test_every_exception_is_still_one(scans):
-    assert set(EXCEPTIONS) <= {name for found in scans.values() for name in bad(found)}
+    found = {
+        item["id"] for items in scans.values() for item in items if item["severity"] not in WELL
+    }
+    assert set(EXCEPTIONS) | set(UNSEEN) <= found
 
 
 def test_a_careless_server_is_found_out(internet, authorities):
@@ -100,5 +113,5 @@ def test_a_careless_server_is_found_out(internet, authorities):
     finally:
         host.sh("rm /etc/nginx/conf.d/careless.conf; systemctl reset-failed nginx")
         host.exec("systemctl", "restart", "nginx")
-    assert {"cert_expirationStatus", "cert_chain_of_trust"} & set(found), found
-    assert {"TLS1", "TLS1_1"} & set(found), found
+    assert {"cert_expirationStatus", "cert_chain_of_trust"} <= set(found), found
+    assert "cipherlist_aNULL" in found, found

@@ -31,7 +31,7 @@ from .network import IPV4
 from .shell import LabError, wait_for
 
 NUMBER = 3  # last number of the inet host's address
-PACKAGES = ("ca-certificates", "curl", "knot", "nginx", "pebble", "procps", "testssl.sh")
+PACKAGES = ("ca-certificates", "curl", "knot", "nginx", "pebble", "procps", "socat", "testssl.sh")
 ACME_NAME = "acme.example"
 ACME_DIRECTORY = f"https://{ACME_NAME}/dir"  # pebble's path
 TTL = 0  # what a test sets is seen at once, by resolvers too

@@ -142,8 +142,56 @@ def test_debconf_gate_sees_a_question_that_translators_do_not_know(tools, tmp_pa
     assert gates.debconf(source) != []
 
 
+TRANSLATED = """\
+msgid ""
+msgstr ""
+"Project-Id-Version: toy\\n"
+"PO-Revision-Date: 2026-11-24 20:00+0000\\n"
+"Last-Translator: Nobody <nobody@toy.example>\\n"
+"Language-Team: Toy <toys@toy.example>\\n"
+"Language: de\\n"
+"MIME-Version: 1.0\\n"
+"Content-Type: text/plain; charset=UTF-8\\n"
+"Content-Transfer-Encoding: 8bit\\n"
+
+msgid "Name:"
+msgstr "Name:"
+
+msgid "The name of the toy ${toy}."
+msgstr "Der Name des Spielzeugs ${toy}."
+"""
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "found"),
+    [
+        ("Der Name des Spielzeugs ${toy}.", "", "1 untranslated"),
+        ("Name of the toy", "Names of the toy", "fuzzy"),
+        ("Spielzeugs ${toy}.", "Spielzeugs.", "other placeholders"),
+        ('msgstr "Name:"', 'msgstr "Name:', "end-of-line within string"),
+        (TRANSLATED, None, "de.po: missing"),
+    ],
+)
+def test_translations_gate_sees_what_is_incomplete(good, bad, found, tools, tmp_path):
+    """In one of four; a question that was changed since makes its translation fuzzy."""
+    base(tmp_path)
+    source = gates.Source(tmp_path, tools)
+    write(tmp_path, "debian/toy.templates", TEMPLATES.replace("toy.\n", "toy ${toy}.\n"))
+    for language in gates.LANGUAGES:
+        write(tmp_path, f"debian/po/{language}.po", TRANSLATED)
+    assert gates.translations(source) == []
+    if bad is None:
+        (tmp_path / "debian/po/de.po").unlink()
+    elif found == "fuzzy":
+        write(tmp_path, "debian/toy.templates", TEMPLATES.replace("toy.\n", "${toy}, your toy.\n"))
+    else:
+        write(tmp_path, "debian/po/de.po", TRANSLATED.replace(good, bad))
+    findings = gates.translations(source)
+    assert any(found in line and "de.po" in line for line in findings), findings
+
+
 def test_every_static_gate_has_a_seeded_defect():
-    assert set(DEFECTS) | {"debconf"} | gates.NEED_PACKAGES == set(gates.GATES)
+    assert set(DEFECTS) | {"debconf", "translations"} | gates.NEED_PACKAGES == set(gates.GATES)
 
 
 def test_units_gate_sees_a_misspelt_section(tools, tmp_path):

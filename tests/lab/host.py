@@ -301,6 +301,12 @@ class Host:
             self.largest[unit] = max(sizes, self.largest.get(unit, sizes))
         return {unit: pss for unit, (pss, _) in total.items()}
 
+    def use_repository(self) -> None:
+        """Let apt know our signed repository."""
+        self.sh(f"cp {image.INSIDE_REPO}/{image.KEYRING_NAME} /usr/share/keyrings/")
+        self.write("/etc/apt/sources.list.d/chatmail.sources", image.SOURCES)
+        self.sh(image.UPDATE)
+
     def install_relay(
         self, domain: str, answers: Mapping[str, str] | None = None, timeout: float = 300
     ) -> float:
@@ -308,9 +314,7 @@ class Host:
 
         *answers* to debconf's other questions: name -> "TYPE VALUE".
         """
-        self.sh(f"cp {image.INSIDE_REPO}/{image.KEYRING_NAME} /usr/share/keyrings/")
-        self.write("/etc/apt/sources.list.d/chatmail.sources", image.SOURCES)
-        self.sh(image.UPDATE)
+        self.use_repository()
         given = {**(answers or {})}
         if domain:
             given["mail_domain"] = f"string {domain}"

@@ -13,6 +13,8 @@ from .shell import LabError
 
 SECONDS = 120
 KILL_LINE = "\x15"  # ^U; readline offers the present value for editing
+KILL_ENTRY = "\x01\x0b"  # ^A ^K, the same in a dialog
+ESCAPE = "\x1b"
 SIZE = (30, 100)  # rows, columns
 
 
@@ -30,9 +32,9 @@ class Terminal:
             raise LabError(f"no {pattern!r} on the terminal; last:\n{self._last()}") from None
         return str(self._child.before) + str(self._child.after)
 
-    def type(self, line: str, *, replace: bool = True) -> None:
+    def type(self, line: str, *, kill: str = KILL_LINE) -> None:
         """Type a line and Return, in place of what is offered."""
-        self._child.send((KILL_LINE if replace else "") + line + "\r")
+        self._child.send(kill + line + "\r")
 
     def send(self, keys: str) -> None:
         """Type keys as they are."""
@@ -49,10 +51,21 @@ class Terminal:
 
 
 @contextmanager
-def terminal(host: Host, *argv: str, frontend: str = "readline") -> Iterator[Terminal]:
-    """Run *argv* inside *host* on a terminal, with debconf's *frontend*."""
+def terminal(
+    host: Host,
+    *argv: str,
+    frontend: str = "readline",
+    priority: str = "low",
+    language: str = "",
+) -> Iterator[Terminal]:
+    """Run *argv* inside *host* on a terminal, with debconf's *frontend* and *priority*."""
     program, *arguments = host.command(
-        "env", "TERM=xterm", f"DEBIAN_FRONTEND={frontend}", "DEBCONF_PRIORITY=low", *argv
+        "env",
+        "TERM=xterm",
+        f"DEBIAN_FRONTEND={frontend}",
+        f"DEBIAN_PRIORITY={priority}",
+        f"LANGUAGE={language}",
+        *argv,
     )
     child = pexpect.spawn(program, arguments, timeout=SECONDS, encoding="utf-8", dimensions=SIZE)
     try:

@@ -195,6 +195,39 @@ def debconf(source: Source) -> list[str]:
     return source.run(["sh", "-euc", script])
 
 
+#: Languages in which every installation can be done.
+LANGUAGES = ("de", "es", "fr", "ru")
+
+#: Prints what a catalogue leaves out of a message: "${value}" is filled in by debconf.
+_PLACEHOLDERS = r"""
+import gettext, re, sys
+with open(sys.argv[2], "rb") as file:
+    catalogue = gettext.GNUTranslations(file)._catalog
+for text, translated in catalogue.items():
+    if sorted(re.findall(r"\$\{\w*\}", text)) != sorted(re.findall(r"\$\{\w*\}", translated)):
+        print(f"{sys.argv[1]}: other placeholders in {translated!r}")
+"""
+
+
+def translations(source: Source) -> list[str]:
+    """All questions, as they are now, are translated into LANGUAGES and whatever else there is."""
+    script = f"""
+    cp -r debian /tmp/debian && cd /tmp/debian && debconf-updatepo && cd po
+    for language in {" ".join(LANGUAGES)}; do
+        [ -e $language.po ] || echo "debian/po/$language.po: missing"
+    done >/tmp/found
+    for po in *.po; do
+        [ -e "$po" ] || continue
+        msgfmt -c --statistics -o /tmp/mo $po >/tmp/said 2>&1 || cat /tmp/said
+        grep -E 'fuzzy|untranslated' /tmp/said | sed "s|^|debian/po/$po: |" || :
+        python3 -c "$1" debian/po/$po /tmp/mo
+    done >>/tmp/found
+    cat /tmp/found
+    [ ! -s /tmp/found ]
+    """
+    return source.run(["sh", "-euc", script, "sh", _PLACEHOLDERS])
+
+
 def debputy(source: Source) -> list[str]:
     """debputy's own checks of the files in debian/."""
     script = """
@@ -267,6 +300,7 @@ GATES: dict[str, Gate] = {
     "mypy": mypy,
     "wrap-and-sort": wrap_and_sort,
     "debconf": debconf,
+    "translations": translations,
     "debputy": debputy,
     "overrides": overrides,
     "units": units,

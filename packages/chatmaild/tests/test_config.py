@@ -178,6 +178,7 @@ def test_a_self_signed_ordinary_domain_is_a_warning_an_underscore_domain_is_not(
         (DOMAIN, "acme"),
         (DOMAIN + "tls_external_cert_and_key = /c /k\n", "external"),
         ("[params]\nmail_domain = _alpha.example\n", "self"),
+        ("[params]\nmail_domain = _alpha.example\ntls =\n", "self"),
     ],
 )
 def test_the_way_to_a_certificate_follows_from_the_rest_of_the_file(text, tls):

@@ -209,7 +209,9 @@ def _cert_and_key(text: str) -> tuple[str, str] | None:
     return _path(paths[0]), _path(paths[1])
 
 
-def _tls(text: str) -> str:
+def _tls(text: str) -> str | None:
+    if not text:
+        return None  # as if the line was not there
     if text not in ("acme", "external", "self"):
         raise _Invalid("unknown way to get a certificate", 'Write "acme", "external" or "self"')
     return text

@@ -59,10 +59,14 @@ HOST = """
 #: The browser that tests look at web pages with.
 BROWSER = ["chromium", "fonts-liberation"]
 
+#: What installs, upgrades and purges packages and looks what is left.
+PIUPARTS = ["apt-utils", "piuparts"]
+
 RECIPES = {
     "build": Recipe("build", "buildd", ("debhelper",), (ROOT, ROOT / "reprepro/keyring")),
     "tools": Recipe("tools", "apt", tuple(TOOLS)),
     "host": Recipe("host", "minbase", tuple(HOST), builder=False),
+    "piuparts": Recipe("piuparts", "apt", tuple(PIUPARTS), builder=False),
     "browser": Recipe("browser", "minbase", tuple(BROWSER)),
 }
 

@@ -7,9 +7,7 @@ import dns.query
 import dns.rcode
 import pytest
 from conftest import rpc_program
-from cryptography import x509
-from deltachat_rpc_client import DeltaChat, Rpc
-from lab.client import remember_keys
+from lab.client import clients
 from lab.inet import ACME_DIRECTORY
 from lab.network import inside
 
@@ -94,17 +92,10 @@ def test_everything_a_relay_asks_for_is_published(internet, alpha):
     assert done.ok, done.out
 
 
-def test_real_clients_talk_over_a_relay_with_an_ordinary_name(lab, internet, alpha, tmp_path):
+def test_real_clients_talk_over_a_relay_with_an_ordinary_name(internet, alpha, tmp_path):
     """With TLS as strict as it is by default; it reaches the relay by the names of this internet."""
-    wrapper = str(lab.rpc_server(tmp_path, rpc_program(), internet.resolver))
-    accounts = tmp_path / "accounts"
-    with Rpc(accounts_dir=str(accounts), rpc_server_path=wrapper) as rpc:
-        for _ in range(2):
-            DeltaChat(rpc).add_account()
-    live = alpha.read("/var/lib/chatmail/tls/live/fullchain.pem")
-    remember_keys(accounts, {"alpha.example": x509.load_pem_x509_certificate(live.encode())})
-    with Rpc(accounts_dir=str(accounts), rpc_server_path=wrapper) as rpc:
-        alice, bob = DeltaChat(rpc).get_all_accounts()
+    relays = {"alpha.example": alpha}
+    with clients(internet, tmp_path, rpc_program(), relays, 2) as (alice, bob):
         for account in (alice, bob):
             account.set_config("bot", "1")
             account.add_transport_from_qr("dcaccount:alpha.example")

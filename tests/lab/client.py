@@ -8,16 +8,41 @@ once (its table tls_spki), and then looks at the key and the name alone: these k
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import sqlite3
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from deltachat_rpc_client import Account, DeltaChat, Rpc
+
+from .host import Host
+from .inet import Internet
 
 SPKI = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+CERTIFICATE = "/var/lib/chatmail/tls/live/fullchain.pem"
+
+
+@contextlib.contextmanager
+def clients(
+    internet: Internet, folder: Path, program: Path, relays: Mapping[str, Host], number: int
+) -> Iterator[list[Account]]:
+    """*number* accounts of the real client, not yet configured, that trust *relays*, by domain."""
+    wrapper = str(internet.lab.rpc_server(folder, program, internet.resolver))
+    accounts = folder / "accounts"
+    with Rpc(accounts_dir=str(accounts), rpc_server_path=wrapper) as rpc:
+        for _ in range(number):
+            DeltaChat(rpc).add_account()
+    certificates = {
+        domain: x509.load_pem_x509_certificate(host.read(CERTIFICATE).encode())
+        for domain, host in relays.items()
+    }
+    remember_keys(accounts, certificates)
+    with Rpc(accounts_dir=str(accounts), rpc_server_path=wrapper) as rpc:
+        yield DeltaChat(rpc).get_all_accounts()
 
 
 def remember_keys(accounts: Path, certificates: Mapping[str, x509.Certificate]) -> None:

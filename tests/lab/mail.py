@@ -9,6 +9,7 @@ import secrets
 import smtplib
 import socket
 import ssl
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,27 @@ class SmtpOver443(smtplib.SMTP):
     def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
         plain = socket.create_connection((host, port), timeout)
         return context("smtp").wrap_socket(plain, server_hostname=host)
+
+
+class Idle:
+    """A session that waits with IDLE (RFC 2177), which imaplib does not know."""
+
+    def __init__(self, session: imaplib.IMAP4) -> None:
+        self._session = session
+        session.select("INBOX")
+        session.send(b"i1 IDLE\r\n")
+        while not session.readline().startswith(b"+"):
+            pass
+
+    def notified(self) -> float:
+        """Wait for one more message; when its notification was there, by the monotonic clock."""
+        while not re.match(rb"\* [1-9]\d* EXISTS", line := self._session.readline()):
+            assert line, "the server ended the session"
+        return time.monotonic()
+
+    def close(self) -> None:
+        """End the session."""
+        self._session.shutdown()
 
 
 @dataclass(frozen=True)

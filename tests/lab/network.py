@@ -47,6 +47,11 @@ def _setns(fd: int) -> None:
         raise OSError(error, f"setns: {os.strerror(error)}")
 
 
+def _ip(namespace: Namespace, family: str, *commands: str) -> None:
+    """ip(8) for one protocol of the internet."""
+    run(["ip", "-n", namespace.name, f"-{family}", "-batch", "-"], input="\n".join(commands))
+
+
 Resolver = Callable[[str, int], list[tuple[socket.AddressFamily, str]]]
 _names = threading.local()
 _getaddrinfo = socket.getaddrinfo
@@ -130,6 +135,23 @@ class Network:
         run(["ip", "netns", "del", namespace.name])
         last = namespace.ipv4.rpartition(".")[2]
         self._attached -= {namespace.name.partition("-")[2], int(last or 0)}
+
+    @contextlib.contextmanager
+    def blocked(self, port: int, *namespaces: Namespace) -> Iterator[None]:
+        """As by a provider: who connects to this TCP port of *namespaces* gets no answer at all."""
+        rule = f"pref 1 iif host0 ipproto tcp dport {port} blackhole"
+        try:
+            for namespace in namespaces:
+                for family in "46":
+                    # the rule must come before the table of own addresses, which is always asked first
+                    _ip(namespace, family, "rule add pref 2 lookup local", "rule del pref 0")
+                    _ip(namespace, family, f"rule add {rule}")
+            yield
+        finally:
+            for namespace in namespaces:
+                for family in "46":
+                    _ip(namespace, family, f"rule del {rule}")
+                    _ip(namespace, family, "rule add pref 0 lookup local", "rule del pref 2")
 
     def close(self) -> None:
         self.detach(self.switch)

@@ -17,7 +17,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from . import image
@@ -35,6 +35,20 @@ ENVIRONMENT = {
 BOOT_SECONDS = 60
 STOP_SECONDS = 20
 POWEROFF = signal.SIGRTMIN + 4  # to a systemd manager (systemd(1), Signals); needs no dbus
+
+#: A plain tree in which programs run without systemd, as whoever makes an image has it.
+_CHROOT = """
+cd "$1"
+mount -t proc proc proc
+mount --bind /dev dev
+mount -t tmpfs tmpfs run
+mount -t tmpfs tmpfs tmp
+mkdir -p ".$2" && mount --bind "$3" ".$2"
+mount --bind "$4" var/cache/apt/archives
+script=$5
+shift 5
+exec env -i "$@" chroot . sh -euc "$script"
+"""
 
 # `exec` keeps the process id through unshare, sh and systemd-nspawn.
 _BOOT = """
@@ -54,6 +68,7 @@ class Host:
         self.name = name
         self.namespace = namespace
         self.boot_seconds = 0.0
+        self.arguments: tuple[str, ...] = ()  # more of systemd-nspawn's, for the next boot
         self.largest: dict[str, tuple[float, float]] = {}  # (PSS, RSS) in MiB by unit, see memory()
         self._state = state
         self._tree = tree
@@ -70,22 +85,46 @@ class Host:
 
     # -- life ----------------------------------------------------------------------------------
 
-    def start(self) -> None:
+    def start(self, failed: Sequence[str] = ()) -> None:
         """Boot and wait until systemd has started everything; raises LabError with the console.
 
-        The first start makes the disk; a later one, after power_off or kill, keeps it.
+        The first start makes the disk; a later one, after power_off or kill, keeps it. *failed* are the
+        units, and the only ones, that must fail.
         """
         begin = time.monotonic()
+        self.prepare()
+        self._boot()
+        state = self.exec("systemctl", "is-system-running", check=False).out.strip()
+        units = self.exec("systemctl", "--failed", "--plain", "--no-legend").out
+        if [line.split()[0] for line in units.splitlines()] != list(failed):
+            raise LabError(f"{self.name} is {state}: {units}")
+        self.boot_seconds = time.monotonic() - begin
+
+    def prepare(self) -> None:
+        """Make the disk, unless there is one."""
         if not self.root.exists():
             self._overlay(self._tree, self.root)
             # A view of its own, so that apt's lock on the cache is this host's alone.
             self._overlay(image.ARCHIVES, self._archives)
             self._identify()
-        self._boot()
-        state = self.exec("systemctl", "is-system-running", check=False).out.strip()
-        if state != "running":
-            raise LabError(f"{self.name} is {state}: " + self.exec("systemctl", "--failed").out)
-        self.boot_seconds = time.monotonic() - begin
+
+    def chroot(self, script: str, timeout: float = 60) -> Result:
+        """Run a shell script on the disk of a host that is not booted; its processes end with it."""
+        pairs = [f"{key}={value}" for key, value in ENVIRONMENT.items()]
+        isolated = [
+            "--mount",
+            "--propagation",
+            "private",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--net",
+        ]
+        places = (self.root, image.INSIDE_REPO, image.REPO.resolve(), self._archives)
+        return run(
+            ["unshare", *isolated, "sh", "-euc", _CHROOT, "sh", *places, script, *pairs],
+            timeout=timeout,
+        )
 
     def _identify(self) -> None:
         """What makes a machine one of its own."""
@@ -119,6 +158,7 @@ class Host:
                 *("--capability=CAP_NET_ADMIN", "--resolv-conf=off", "--link-journal=no"),
                 f"--bind-ro={image.REPO.resolve()}:{image.INSIDE_REPO}",
                 f"--bind={self._archives}:/var/cache/apt/archives",
+                *self.arguments,
             )
             cgroup = str(self._state.new_cgroup(self.name))
             with console.open("ab") as out:

@@ -81,9 +81,15 @@ class Lab:
 
     def boot(self, name: str, number: int) -> Host:
         """A new host at 10.77.0.*number* and fd77::*number* that knows no name server."""
+        host = self.disk(name, number)
+        host.start()
+        return host
+
+    def disk(self, name: str, number: int) -> Host:
+        """The same, not booted."""
         host = Host(self.state, name, self.network.attach(name, number), self.tree)
         self._hosts.append(host)
-        host.start()
+        host.prepare()
         return host
 
     def remove(self, host: Host) -> None:

@@ -55,15 +55,15 @@ def terminal(
     host: Host,
     *argv: str,
     frontend: str = "readline",
-    priority: str = "low",
+    priority: str = "",
     language: str = "",
 ) -> Iterator[Terminal]:
-    """Run *argv* inside *host* on a terminal, with debconf's *frontend* and *priority*."""
+    """Run *argv* inside *host* on a terminal, with debconf's *frontend*; *priority* wins over options."""
     program, *arguments = host.command(
         "env",
         "TERM=xterm",
         f"DEBIAN_FRONTEND={frontend}",
-        f"DEBIAN_PRIORITY={priority}",
+        *([f"DEBIAN_PRIORITY={priority}"] if priority else []),
         f"LANGUAGE={language}",
         *argv,
     )

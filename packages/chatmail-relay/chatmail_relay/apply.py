@@ -62,6 +62,11 @@ class Plan:
     components: list[Component] = field(default_factory=list)
     config: Config | None = None
 
+    @classmethod
+    def nothing(cls) -> Plan:
+        """The plan that does nothing."""
+        return cls(Ledger())
+
     @property
     def is_empty(self) -> bool:
         """Whether the machine is already as wanted."""
@@ -96,7 +101,7 @@ def make_plan(paths: Paths, version: str) -> Plan:
     rendered = {item.name: render(paths, item, values) for item in components}
     plan = Plan(
         Ledger(pending=dict(old.pending)),
-        missing_secrets(paths, config),
+        [] if paths.is_image else missing_secrets(paths, config),
         components=components,
         config=config,
     )
@@ -224,11 +229,17 @@ def _needs_restart(main: dict[str, str], wanted: dict[str, str | None]) -> bool:
     return any(key in wanted and wanted[key] != main.get(key) for key in keys)
 
 
-def apply(paths: Paths, version: str, *, check_all: bool = False) -> Plan:
+def image_mark(paths: Paths) -> Path:
+    """A file that says: rendered in an image, to be finished where it boots."""
+    return paths.state / "image"
+
+
+def apply(paths: Paths, version: str, *, check_all: bool = False, boot: bool = False) -> Plan:
     """Make the machine as the settings say and return what was done.
 
     *check_all* is for the time after a daemon's upgrade: the checkers of unchanged components are asked
-    too, and units that run a replaced program are restarted. Raises
+    too, and units that run a replaced program are restarted. *boot*: nothing of the relay runs yet, it all
+    starts afterwards by itself. Raises
     Refused when a checker or a foreign listener objects, and what make_plan raises; everything is
     then as before. A unit that does not come up is a Refused as well, after the commit: its reason
     says so, and it stays pending.
@@ -236,7 +247,8 @@ def apply(paths: Paths, version: str, *, check_all: bool = False) -> Plan:
     with lock(paths):
         Transaction(paths.state).recover()
         plan = make_plan(paths, version)
-        if paths.is_live and not load_ledger(paths.state).components:
+        live = paths.is_live and not boot
+        if live and not load_ledger(paths.state).components:
             foreign = foreign_listeners(plan.components)
             if foreign:
                 raise Refused(foreign)
@@ -249,14 +261,17 @@ def apply(paths: Paths, version: str, *, check_all: bool = False) -> Plan:
             for component in plan.components:
                 for unit in component.units:
                     _pend(plan, unit, "restart")
-        _install_certificate(paths, plan)
-        if check_all and paths.is_live:
+        if paths.is_image:
+            write_file(Change(image_mark(paths), b""))
+        else:
+            _install_certificate(paths, plan)
+        if check_all and live:
             for unit in systemd.outdated([u for item in plan.components for u in item.units]):
                 _pend(plan, unit, "restart")
         to_check = plan.components if check_all else plan.changed_components
 
         def verify() -> None:
-            reasons = run_checkers(to_check) if paths.is_live else []
+            reasons = run_checkers(to_check) if live else []
             if reasons:
                 raise Refused(reasons)
 
@@ -267,7 +282,9 @@ def apply(paths: Paths, version: str, *, check_all: bool = False) -> Plan:
                     _remove_empty(paths, change.dest.parent)
         else:
             verify()
-        _activate_pending(paths, plan)
+        if boot:
+            systemd.daemon_reload()
+        _activate_pending(paths, plan, live)
         return plan
 
 
@@ -304,15 +321,15 @@ def take_certificate(paths: Paths) -> bool:
         if not _install_certificate(paths, plan):
             return False
         _save_ledger(paths, ledger)
-        _activate_pending(paths, plan)
+        _activate_pending(paths, plan, paths.is_live)
         return True
 
 
-def _activate_pending(paths: Paths, plan: Plan) -> None:
+def _activate_pending(paths: Paths, plan: Plan, live: bool) -> None:
     pending = plan.ledger.pending
     if not pending:
         return
-    if paths.is_live:
+    if live:
         systemd.daemon_reload()
         order = [unit for component in plan.components for unit in component.units]
         reasons = []
@@ -326,7 +343,7 @@ def _activate_pending(paths: Paths, plan: Plan) -> None:
         if reasons:
             raise Refused(reasons)
     else:
-        # an image: nothing runs, everything starts with the new configuration at boot
+        # an image, or its boot: nothing runs, everything will start with the new configuration
         pending.clear()
         _save_ledger(paths, plan.ledger)
 

@@ -10,17 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from chatmaild.config import (
-    FIELDS,
-    ConfigError,
-    Problem,
-    default_ini,
-    edit_ini,
-    explicit_values,
-    read_settings,
-)
+from chatmaild.config import FIELDS, ConfigError, read_settings
 
-from . import dns, selftest, store
+from . import dns, image, selftest, store
 from .accounts import AccountError, add_commands
 from .apply import (
     NotConfigured,
@@ -40,13 +32,16 @@ from .ledger import LedgerError
 from .paths import Paths
 from .postfix import PostfixError
 from .preview import Pages, Preview
+from .settings import change_settings
 from .status import Finding, check, status
-from .transaction import Change, TransactionError, write_file
+from .transaction import TransactionError
 
 HOW_TO_GO_ON = (
     "chatmail-relay: not configured yet. Run 'dpkg-reconfigure chatmail-relay', "
     "or 'chatmail-relay set mail_domain=NAME' and 'chatmail-relay apply'."
 )
+#: Commands for which a relay without a mail domain is no failure.
+_WELL_UNCONFIGURED = ("apply", "certificate", "configure", "recover", "unapply")
 INTERRUPTED = 130  # exit status of who is ended by Ctrl-C, as of a shell
 ERRORS = (
     ConfigError,
@@ -77,7 +72,7 @@ def main(argv: list[str] | None = None, *, root: str = "/") -> int:
             print(json.dumps({"configured": False}))
         else:
             print(HOW_TO_GO_ON)
-        return 0 if options.command in ("apply", "certificate", "recover", "unapply") else 1
+        return 0 if options.command in _WELL_UNCONFIGURED else 1
     except ERRORS as error:
         for line in str(error).splitlines():
             print(f"chatmail-relay: {line}", file=sys.stderr)
@@ -127,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     selftest.add_command(commands, common)
     command("certificate", _certificate, "serve the newest certificate (run when it changes)")
     command("unapply", _unapply, "put back what was there before the relay")
+    command("configure", _configure, "take settings from the environment (run at boot of an image)")
     command("recover", _recover, "repair what an interrupted apply left (run at boot)")
     web_pages = command("web", _web, "list the web pages' files and where each comes from")
     web_pages.add_argument(
@@ -186,39 +182,11 @@ def _set(paths: Paths, options: argparse.Namespace) -> int:
             print(f"chatmail-relay: {item}: write KEY=VALUE", file=sys.stderr)
             return 2
         changes[key.strip()] = value.strip()
-    exists = paths.ini.exists()
-    old = paths.ini.read_text(encoding="utf-8") if exists else default_ini()
-    explicit = explicit_values(paths.ini, old)
-    changes = {
-        k: v for k, v in changes.items() if explicit.get(k) != v and not _same(k, v, explicit)
-    }
-    new = edit_ini(old, changes)
-    warnings = _validate(paths, new)
-    if new != old or not exists:
-        os.makedirs(paths.ini.parent, 0o755, exist_ok=True)
-        write_file(Change(paths.ini, new.encode(), 0o644))
+    changed, warnings = change_settings(paths, changes)
     for problem in warnings:
         print(f"chatmail-relay: warning: {problem}", file=sys.stderr)
-    _print(options, {"changed": sorted(changes)}, [f"{key} = {changes[key]}" for key in changes])
+    _print(options, {"changed": sorted(changed)}, [f"{key} = {changed[key]}" for key in changed])
     return 0
-
-
-def _same(key: str, value: str, explicit: dict[str, str]) -> bool:
-    """Whether setting *key* to *value* would only spell out its default."""
-    return (
-        key in FIELDS and key not in explicit and (FIELDS[key].metadata["default"] or "") == value
-    )
-
-
-def _validate(paths: Paths, text: str) -> list[Problem]:
-    """Refuse a file with problems; a missing mail domain alone is the unconfigured state."""
-    try:
-        return read_settings(paths.ini, text)[1]
-    except ConfigError as error:
-        problems = [p for p in error.problems if not (p.key == "mail_domain" and not p.value)]
-        if problems:
-            raise ConfigError(problems) from None
-        return []
 
 
 def _apply(paths: Paths, options: argparse.Namespace) -> int:
@@ -269,6 +237,15 @@ def _unapply(paths: Paths, options: argparse.Namespace) -> int:
     names = unapply(paths)
     text = f"undone: {', '.join(names)}" if names else "nothing to undo"
     _print(options, {"undone": names}, [f"chatmail-relay: {text}"])
+    return 0
+
+
+def _configure(paths: Paths, options: argparse.Namespace) -> int:
+    settings, plan = image.configure(paths, _version(), os.environ)
+    changed = [component.name for component in plan.changed_components]
+    lines = [f"chatmail-relay: set {', '.join(settings)}"] if settings else []
+    lines += [f"chatmail-relay: changed: {', '.join(changed)}"] if changed else []
+    _print(options, {"settings": settings, "changed": changed}, lines)
     return 0
 
 

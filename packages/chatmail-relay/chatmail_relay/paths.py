@@ -40,3 +40,8 @@ class Paths:
     def is_live(self) -> bool:
         """Whether daemons run here: checkers and restarts make no sense in a chroot or an image."""
         return self.root == Path("/") and os.path.isdir("/run/systemd/system")
+
+    @property
+    def is_image(self) -> bool:
+        """Whether this is a system that boots later: it gets no keys, which each machine makes itself."""
+        return self.root == Path("/") and not self.is_live

@@ -55,7 +55,7 @@ def answer(screen, *pairs):
 def asked(lab):
     """A machine on which somebody installs the relay in a terminal, and mistypes the name."""
     image.download(lab.tree, "whiptail", "debconf-i18n")
-    host = lab.host("asked", 61)
+    host = lab.host("asked", 72)
     host.use_repository()
     host.sh(f"{' '.join(APT)} install whiptail debconf-i18n")
     with terminal(

@@ -439,7 +439,7 @@ def test_hostile_heads_are_refused(mail, alice, relay, fields):
 def test_a_peer_has_a_share_of_the_requests(lab, mail, alice, far):
     message = far(encrypted("x@far.example", alice.address))
     begin = head(mail.domain, f"X-MAIL-TO: {alice.address}", f"Content-Length: {len(message)}")
-    other = lab.place("other", 41)
+    other = lab.place("elsewhere", 41)
     with contextlib.ExitStack() as stack:
         held = [stack.enter_context(connect(mail)) for _ in range(PEER_REQUESTS)]
         for connection in held:

@@ -163,9 +163,7 @@ def test_in_a_group_everybody_reads_everybody(way, people, group):
                 receive(people[name], text)
 
 
-def test_a_report_of_the_other_relay_is_signed_and_passes(
-    way, alpha, beta, alpha_mail, beta_mail
-):
+def test_a_report_of_the_other_relay_is_signed_and_passes(way, alpha, beta, alpha_mail, beta_mail):
     """Of a recipient who went while the message waited there: so beta has taken it."""
     alice, gone = alpha_mail.account(), beta_mail.account()
     beta.sh("postconf -e defer_transports=lmtp && postfix reload")
@@ -270,7 +268,8 @@ def peers(internet, alpha):
     """The servers, by name: each is the MX mx.NAME.example of NAME.example."""
     own = internet.authority
     good = own.issue(
-        *("mx.good.example", "nomx.example", "sixonly.example"), *(f"mx.{name}.example" for name in ("slow", "refusing", "tempfail", "https"))
+        *("mx.good.example", "nomx.example", "sixonly.example"),
+        *(f"mx.{name}.example" for name in ("slow", "refusing", "tempfail", "https")),
     )
     pairs = {
         "good": good,
@@ -326,12 +325,16 @@ def marks(alpha_mail, alice, peers):
     """A message to x@DOMAIN for each domain above, all at once: their Message-IDs by domain."""
     domains = (*DELIVERED, *HELD, *RETURNED)
     with alpha_mail.smtp(alice) as session:
+
         def send(domain):
             message = encrypted(alice.address, f"x@{domain}")
+
             def taken():
                 return alpha_mail.send(session, alice.address, [f"x@{domain}"], message)[0] == 250
+
             wait_for(taken, PROMPT)  # ten at once, then one a second
             return re.search(rb"Message-ID: (<.*>)", message)[1]
+
         return {domain: send(domain) for domain in domains}
 
 

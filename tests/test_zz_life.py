@@ -379,25 +379,3 @@ def test_purge_of_everything_leaves_nothing_of_ours(lab):
         assert not host.exec("test", "-e", "/var/lib/chatmail", check=False).ok
     finally:
         lab.remove(host)
-
-
-def test_removal_leaves_other_daemons_running_with_their_own_settings(lab):
-    host = lab.host("kept", 14)
-    try:
-        host.install_relay("_kept.example")
-        done = host.sh("apt-get remove -q --yes 'chatmail-*' python3-chatmaild", timeout=120)
-        # Debian's configuration of coturn relays for everybody: not even its next upgrade starts it
-        assert "coturn.service is stopped and disabled" in done.out + done.err
-        host.exec("dpkg-reconfigure", "coturn")
-        for question, answer in (("is-active", "inactive\n"), ("is-enabled", "disabled\n")):
-            assert host.exec("systemctl", question, "coturn.service", check=False).out == answer
-        assert host.exec("test", "-e", "/var/lib/chatmail/keys/dkim/rsa.pem").ok
-        for unit in ("postfix.service", "nginx.service", "unbound.service"):
-            assert host.exec("systemctl", "is-active", unit, check=False).out == "active\n"
-        settings = host.sh("postconf -n; postconf -M; cat /etc/nginx/sites-enabled/*").out
-        assert "_kept.example" not in settings and "chatmail" not in settings
-        host.sh("apt-get install -q --yes --no-install-recommends chatmail-relay", timeout=120)
-        wait_for(lambda: host.exec("chatmail-relay", "status", check=False).ok, 60, "status")
-        assert host.exec("chatmail-relay", "get", "mail_domain").out == "_kept.example\n"
-    finally:
-        lab.remove(host)

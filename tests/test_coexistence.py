@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: MIT
+"""A machine that already does other things: a web site, local mail by exim, rsyslog, systemd-resolved."""
+
+import re
+
+import pytest
+from lab import image
+from lab.mail import Mail
+from lab.messages import encrypted
+from lab.shell import wait_for
+
+DOMAIN = "_kept.example"
+OTHERS = ("exim4-daemon-light", "nginx", "rsyslog", "systemd-resolved", "bsd-mailx")
+#: A site of the administrator's; at first it has 443 as well.
+SITE = """\
+server {
+    listen 80;
+    listen [::]:80;
+    LISTEN
+    server_name other.example;
+    ssl_certificate /etc/ssl/other.pem;
+    ssl_certificate_key /etc/ssl/other.key;
+    location / { return 200 "the other site\\n"; }
+}
+"""
+GET = (
+    "import urllib.request as r;"
+    "print(r.urlopen(r.Request('http://127.0.0.1/', headers={'Host': 'other.example'})).read())"
+)
+
+
+class Machine:
+    def __init__(self, host):
+        self.host = host
+
+    def site(self, listen):
+        self.host.write("/etc/nginx/sites-enabled/other", SITE.replace("LISTEN", listen))
+        self.host.exec("systemctl", "restart", "nginx")
+
+    def the_other_site_is_there(self):
+        return "the other site" in self.host.exec("python3", "-c", GET).out
+
+    def local_mail(self, word):
+        """Mail of a local user to another, as cron sends it."""
+        self.host.sh(f"echo {word} | runuser -u max -- mail -s {word} lena")
+        box = "/var/mail/lena"
+        wait_for(lambda: word in self.host.exec("cat", box, check=False).out, 20, "local mail")
+
+    def settings(self):
+        """Of daemons that were there before us."""
+        shown = "cat /etc/nginx/sites-enabled/* /etc/rsyslog.conf; readlink -f /etc/resolv.conf"
+        return self.host.sh(shown).out
+
+
+@pytest.fixture(scope="module")
+def machine(lab):
+    image.download(lab.tree, *OTHERS)
+    host = lab.host("kept", 14, names=(DOMAIN, f"www.{DOMAIN}"))
+    host.sh(
+        f"apt-get install -qq --yes --no-install-recommends {' '.join(OTHERS)} openssl >/dev/null"
+        " && useradd --create-home lena && useradd --create-home max"
+        " && openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 9"
+        " -subj /CN=other.example -keyout /etc/ssl/other.key -out /etc/ssl/other.pem 2>/dev/null",
+        timeout=180,
+    )
+    made = Machine(host)
+    made.site("listen 443 ssl;")
+    made.local_mail("before")
+    made.before = made.settings()
+    yield made
+    lab.remove(host)
+
+
+@pytest.fixture(scope="module")
+def installed(machine):
+    """The installation succeeds, and its settings wait until 443 is free."""
+    machine.host.install_relay(DOMAIN)
+    return machine
+
+
+def test_a_port_that_another_site_has_is_named_with_the_remedy_and_nothing_is_changed(installed):
+    host = installed.host
+    done = host.exec("chatmail-relay", "apply", check=False)
+    assert done.code == 1
+    assert re.search(
+        r"port 443 .* in use by nginx\.service: .*then run chatmail-relay apply", done.err
+    )
+    assert host.exec("test", "-e", "/etc/chatmail/front/nginx.conf", check=False).code == 1
+    assert installed.the_other_site_is_there()
+
+
+def test_the_relay_works_beside_the_others(installed, lab):
+    host = installed.host
+    installed.site("")
+    host.exec("chatmail-relay", "apply", timeout=120)
+    wait_for(lambda: host.exec("chatmail-relay", "status", check=False).ok, 60, "status")
+    host.exec("chatmail-relay", "set", "max_load_1m=1000")
+    host.exec("chatmail-relay", "apply", timeout=120)
+    via = Mail(lab, host.address, DOMAIN)
+    alice, bob = via.account(), via.account()
+    with via.smtp(alice) as session:
+        text = encrypted(alice.address, bob.address)
+        assert via.send(session, alice.address, [bob.address], text)[0] == 250
+    wait_for(lambda: via.received(bob), 20, "the message")
+    assert installed.the_other_site_is_there()
+    installed.local_mail("during")
+    assert host.exec("dpkg", "--verify").out == ""
+    # rsyslog writes what the host's own journal has
+    logged = host.exec("grep", "-rlE", f"@{DOMAIN}", "/var/log", check=False)
+    assert logged.out == "" and host.exec("test", "-s", "/var/log/syslog").ok
+
+
+def test_after_the_removal_the_others_are_as_before_and_mail_and_keys_are_kept(installed):
+    host = installed.host
+    done = host.sh("apt-get remove -q --yes 'chatmail-*' python3-chatmaild", timeout=120)
+    # Debian's configuration of coturn relays for everybody: not even its next upgrade starts it
+    assert "coturn.service is stopped and disabled" in done.out + done.err
+    host.exec("dpkg-reconfigure", "coturn")
+    for question, answer in (("is-active", "inactive\n"), ("is-enabled", "disabled\n")):
+        assert host.exec("systemctl", question, "coturn.service", check=False).out == answer
+    assert host.exec("test", "-e", "/var/lib/chatmail/keys/dkim/rsa.pem").ok
+    for unit in ("postfix.service", "nginx.service", "unbound.service", "rsyslog.service"):
+        assert host.exec("systemctl", "is-active", unit, check=False).out == "active\n"
+    shown = host.sh("postconf -n; postconf -M").out
+    assert DOMAIN not in shown and "chatmail" not in shown
+    installed.site("listen 443 ssl;")
+    assert installed.settings() == installed.before
+    assert installed.the_other_site_is_there()
+    installed.local_mail("after")
+
+
+def test_installed_again_it_is_the_same_relay(installed):
+    host = installed.host
+    installed.site("")
+    host.sh("apt-get install -q --yes --no-install-recommends chatmail-relay", timeout=120)
+    wait_for(lambda: host.exec("chatmail-relay", "status", check=False).ok, 60, "status")
+    assert host.exec("chatmail-relay", "get", "mail_domain").out == f"{DOMAIN}\n"

@@ -135,3 +135,17 @@ def test_installed_again_it_is_the_same_relay(installed):
     host.sh("apt-get install -q --yes --no-install-recommends chatmail-relay", timeout=120)
     wait_for(lambda: host.exec("chatmail-relay", "status", check=False).ok, 60, "status")
     assert host.exec("chatmail-relay", "get", "mail_domain").out == f"{DOMAIN}\n"
+
+
+def test_purged_after_the_daemons_it_leaves_nothing_either(installed):
+    host = installed.host
+    daemons = "postfix dovecot-core dovecot-imapd dovecot-lmtpd nginx unbound coturn"
+    host.sh("apt-get remove -q --yes 'chatmail-*' python3-chatmaild", timeout=120)
+    host.sh(f"apt-get purge -q --yes {daemons}", timeout=120)
+    answer = "chatmail-relay chatmail-relay/purge_mail boolean true\n"
+    host.exec("debconf-set-selections", input=answer)
+    host.sh("apt-get purge -q --yes 'chatmail-*' python3-chatmaild", timeout=120)
+    own = r"/(etc/apt|var/lib/apt|usr/share/keyrings)/.*"
+    found = host.exec("find", "/etc", "/usr", "/var", "-xdev", "-iname", "*chatmail*").out.split()
+    assert [path for path in found if not re.fullmatch(own, path)] == []
+    assert installed.host.exec("systemctl", "is-active", "rsyslog", check=False).out == "active\n"

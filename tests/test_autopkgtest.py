@@ -7,7 +7,7 @@ import pytest
 from conftest import measured
 from lab import image
 
-TOOLS = ("adequate", "autopkgtest")
+TOOLS = ("adequate", "autopkgtest", "dpkg-dev")
 SCENARIOS = {"unconfigured", "self-test", "new-domain", "removal"}
 #: A scenario that fails, to see that it is told.
 CONTROL = "Tests: broken\nDepends: dpkg\nRestrictions: needs-root\n"
@@ -59,7 +59,9 @@ def test_adequate_finds_nothing(host):
     host.sh(
         "apt-get install -qq --yes --no-install-recommends chatmail-relay >/dev/null", timeout=300
     )
-    ours = host.exec("dpkg-query", "-W", "-f", "${Package}\n", "*chatmail*").out.split()
+    shown = "${db:Status-Status} ${Package}\n"
+    known = host.exec("dpkg-query", "-W", "-f", shown, "*chatmail*").out.splitlines()
+    ours = [line.split()[1] for line in known if line.startswith("installed ")]
     assert "chatmail-postfix-conf" in ours
     assert host.exec("adequate", *ours).out == ""
     # it does look

@@ -199,6 +199,19 @@ def test_a_renewal_goes_live_with_the_same_key(certified):
     session.logout()
 
 
+@pytest.mark.parametrize(("kind", "other"), [("AAAA", "A"), ("A", "AAAA")])
+def test_addresses_of_one_kind_suffice(certified, kind, other):
+    """So the authority asks there, too."""
+    old = certified.served()
+    certified.internet.unset(DOMAIN, other)
+    try:
+        found = certified.look("renew")
+    finally:
+        certified.internet.publish(DOMAIN, certified.host)
+    assert found["well"], found
+    assert certified.wait_new(old).serial_number != old.serial_number
+
+
 @pytest.mark.parametrize(
     ("status", "error", "detail", "remedy"),
     [

@@ -282,7 +282,7 @@ def apply(paths: Paths, version: str, *, check_all: bool = False, boot: bool = F
                     _remove_empty(paths, change.dest.parent)
         else:
             verify()
-        if boot:
+        if boot and paths.is_live:
             systemd.daemon_reload()
         _activate_pending(paths, plan, live)
         return plan

@@ -54,7 +54,7 @@ class Machine:
 
 @pytest.fixture(scope="module")
 def machine(lab):
-    image.download(lab.tree, *OTHERS)
+    image.download(lab.tree, *OTHERS, relay=False)
     host = lab.host("kept", 14, names=(DOMAIN, f"www.{DOMAIN}"))
     host.sh(
         f"apt-get install -qq --yes --no-install-recommends {' '.join(OTHERS)} openssl >/dev/null"

@@ -42,7 +42,7 @@ cat >/etc/apt/sources.list.d/chatmail.sources
 # our own packages come from the repository each time
 # apt's own lock does not work between pid namespaces; the caller holds one
 apt-get install -qq --yes --no-install-recommends --download-only -o Debug::NoLocking=1 \
-    chatmail-relay "$@" >/dev/null
+    "$@" >/dev/null
 rm -f /var/cache/apt/archives/chatmail-*.deb /var/cache/apt/archives/python3-chatmaild_*.deb
 """
 
@@ -54,13 +54,17 @@ def host_tree() -> Iterator[Path]:
         yield tree
 
 
-def download(tree: Path, *extra: str) -> None:
-    """Fetch all packages that chatmail-relay (and *extra*) need, unless they are cached."""
+def download(tree: Path, *extra: str, relay: bool = True) -> None:
+    """Fetch all packages that chatmail-relay and *extra* need, unless they are cached.
+
+    Without *relay* only *extra*: what is in conflict with it.
+    """
+    wanted = ("chatmail-relay", *extra) if relay else extra
     (ARCHIVES / "partial").mkdir(parents=True, exist_ok=True)
     with cache.locked(CACHE / "archives.lock"):
         sandbox.run(
             tree,
-            ["sh", "-euc", _DOWNLOAD, "sh", *extra],
+            ["sh", "-euc", _DOWNLOAD, "sh", *wanted],
             binds=[
                 sandbox.Bind(str(REPO), INSIDE_REPO),
                 sandbox.Bind(str(ARCHIVES), "/var/cache/apt/archives", writable=True),

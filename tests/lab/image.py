@@ -42,8 +42,8 @@ cat >/etc/apt/sources.list.d/chatmail.sources
 # our own packages come from the repository each time
 # apt's own lock does not work between pid namespaces; the caller holds one
 apt-get install -qq --yes --no-install-recommends --download-only -o Debug::NoLocking=1 \
-    chatmail-relay "$@" >/dev/null
-rm -f /var/cache/apt/archives/chatmail-*.deb /var/cache/apt/archives/python3-chatmaild_*.deb
+    chatmail-relay dovecot-chatmail "$@" >/dev/null
+rm -f /var/cache/apt/archives/chatmail-*.deb /var/cache/apt/archives/dovecot-chatmail_*.deb /var/cache/apt/archives/python3-chatmaild_*.deb
 """
 
 

@@ -43,7 +43,8 @@ cat >/etc/apt/sources.list.d/chatmail.sources
 # apt's own lock does not work between pid namespaces; the caller holds one
 apt-get install -qq --yes --no-install-recommends --download-only -o Debug::NoLocking=1 \
     chatmail-relay dovecot-chatmail "$@" >/dev/null
-rm -f /var/cache/apt/archives/chatmail-*.deb /var/cache/apt/archives/dovecot-chatmail_*.deb /var/cache/apt/archives/python3-chatmaild_*.deb
+cd /var/cache/apt/archives
+rm -f chatmail-*.deb dovecot-chatmail_*.deb python3-chatmaild_*.deb
 """
 
 

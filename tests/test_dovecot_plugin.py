@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The notify plugin of Dovecot, hibernation, and the relay without them; the big runs are tests/bench/dovecot.py."""
+"""The notify plugin of Dovecot, hibernation, and the relay without them.
+
+The big runs are those of tests/bench/dovecot.py.
+"""
 
 import contextlib
 import json
@@ -99,6 +102,11 @@ def sessions_of(relay, account):
     return [line.split("\t")[2] for line in lines]
 
 
+def hibernated(relay, account):
+    """Wait until the one session of a user hibernates."""
+    wait_for(lambda: sessions_of(relay, account) == ["imap-hibernate"], 20, "hibernation")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def client(relay):
     """The client's program is there; Dovecot is as it was at the end."""
@@ -142,10 +150,10 @@ def test_all_devices_of_a_user_are_told(relay):
 def test_a_hibernated_session_is_told_and_goes_on(relay, mail, naps):
     account = mail.account()
     session = idling(mail, account)
-    wait_for(lambda: sessions_of(relay, account) == ["imap-hibernate"], 20, "hibernation")
+    hibernated(relay, account)
     send(mail, account)
     told(session)
-    wait_for(lambda: sessions_of(relay, account) == ["imap-hibernate"], 20, "hibernation again")
+    hibernated(relay, account)
     done(session)
     assert sessions_of(relay, account) == ["imap"]
     session.logout()
@@ -154,7 +162,7 @@ def test_a_hibernated_session_is_told_and_goes_on(relay, mail, naps):
 def test_a_blocked_account_loses_its_hibernated_session(relay, mail, naps):
     account = mail.account()
     session = idling(mail, account)
-    wait_for(lambda: sessions_of(relay, account) == ["imap-hibernate"], 20, "hibernation")
+    hibernated(relay, account)
     relay.exec("chatmail-relay", "user", "block", account.address)
     with contextlib.suppress(OSError):
         while session.readline():
@@ -196,7 +204,7 @@ def test_stock_hibernation_loses_notifications(relay, naps):
 def test_a_reload_leaves_idle_and_hibernated_sessions(relay, mail, naps):
     accounts = [mail.account() for _ in range(3)]
     sleeping = idling(mail, accounts[0])
-    wait_for(lambda: sessions_of(relay, accounts[0]) == ["imap-hibernate"], 20, "hibernation")
+    hibernated(relay, accounts[0])
     awake = idling(mail, accounts[1])
     since = time.time()
     relay.exec("systemctl", "reload", "dovecot.service")
@@ -209,6 +217,7 @@ def test_a_reload_leaves_idle_and_hibernated_sessions(relay, mail, naps):
     session = idling(mail, accounts[2])
     send(mail, accounts[2])
     told(session)
+    done(session)
     session.logout()
 
 
@@ -219,9 +228,7 @@ def test_a_reload_leaves_idle_and_hibernated_sessions(relay, mail, naps):
 def whole_again(relay):
     """Put the package back as it was."""
     yield
-    relay.sh(
-        f"apt-get install -q --yes --reinstall --no-install-recommends {PACKAGE}", timeout=120
-    )
+    relay.sh(f"apt-get install -q --yes --reinstall --no-install-recommends {PACKAGE}", timeout=120)
     wait_for(lambda: finding(relay)["detail"] == "plugin on, hibernation on", 20, "the plugin")
 
 
@@ -274,7 +281,8 @@ def test_without_inotify_instances_for_all_sessions_none_hibernates(relay, mail)
         relay.exec("chatmail-relay", "apply", timeout=120)
         found = finding(relay)
         assert found["well"]
-        assert "no hibernation: fs.inotify.max_user_instances is 65535, needed are" in found["detail"]
+        reason = "no hibernation: fs.inotify.max_user_instances is 65535, needed are"
+        assert reason in found["detail"]
         log_in(mail)
     finally:
         relay.exec("chatmail-relay", "set", "max_imap_connections=10000")

@@ -164,11 +164,13 @@ static void handle_event(const struct inotify_event *event)
 static void read_events(void)
 {
 	unsigned char buf[EVENT_BUFFER_SIZE] __attribute__((aligned(__alignof__(struct inotify_event))));
+	size_t size, pos;
 	ssize_t ret;
 
 	/* the kernel gives whole events only */
-	while ((ret = read(inotify_fd, buf, sizeof(buf))) > 0) {
-		size_t size = ret, pos = 0;
+	while ((ret = read(inotify_fd, buf, sizeof(buf))) > 0 || (ret < 0 && errno == EINTR)) {
+		size = ret < 0 ? 0 : ret;
+		pos = 0;
 
 		while (size - pos >= sizeof(struct inotify_event)) {
 			const struct inotify_event *event = (const void *)(buf + pos);
@@ -179,7 +181,7 @@ static void read_events(void)
 			pos += sizeof(*event) + event->len;
 		}
 	}
-	if (ret < 0 && errno != EAGAIN && errno != EINTR)
+	if (ret < 0 && errno != EAGAIN)
 		i_error("chatmail_notify: read(inotify) failed: %m");
 }
 

@@ -153,8 +153,7 @@ async def sessions(args: argparse.Namespace, addresses: list[str]) -> list[Clien
 def addresses(args: argparse.Namespace) -> list[str]:
     """One address a client, or one for all of them; nine letters, as new ones must have."""
     return [
-        f"{args.prefix}{0 if args.one_user else n:05d}@{args.domain}"
-        for n in range(args.clients)
+        f"{args.prefix}{0 if args.one_user else n:05d}@{args.domain}" for n in range(args.clients)
     ]
 
 
@@ -320,7 +319,9 @@ def main() -> None:
     parser.add_argument("what", choices=["latency", "race", "hold"])
     parser.add_argument("--domain", required=True)
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--prefix", default="idle", help="four letters that the addresses begin with")
+    parser.add_argument(
+        "--prefix", default="idle", help="four letters that the addresses begin with"
+    )
     parser.add_argument("--clients", type=int, default=1)
     parser.add_argument("--one-user", action="store_true", help="all clients are one user's")
     parser.add_argument("--at-a-time", type=int, default=10, help="logins")

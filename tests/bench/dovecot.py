@@ -168,8 +168,9 @@ def main() -> None:
         host = lab.host("bench", 11, names=(DOMAIN,))
         host.install_relay(DOMAIN)
         wait_for(lambda: "on, hib" in host.exec("chatmail-relay", "status", check=False).out, 60)
-        limits = ("max_new_addresses_per_hour=100000", "max_connections_per_client=60000")
-        host.exec("chatmail-relay", "set", *limits, "max_imap_connections=20000")
+        accounts = ("max_new_addresses_per_hour=100000", "max_load_1m=1000")
+        sessions = ("max_imap_connections=20000", "max_connections_per_client=60000")
+        host.exec("chatmail-relay", "set", *accounts, *sessions)
         host.exec("chatmail-relay", "apply", timeout=120)
         host.write(CLIENT, Path(idle.__file__).read_text())
         session = client(host, "latency", "--clients", "1")  # the model of all mailboxes

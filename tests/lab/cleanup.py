@@ -27,7 +27,7 @@ NETNS = Path("/run/netns")
 # Limits of the whole host that containers share. Dovecot uses one inotify instance for each idle
 # session, and every service manager a few; the kernel's default of 128 ends at the second relay.
 HOST_LIMITS = {
-    "fs.inotify.max_user_instances": 8192,
+    "fs.inotify.max_user_instances": 65535,
     "fs.inotify.max_user_watches": 524288,
     "kernel.keys.maxkeys": 2000,
     "kernel.keys.maxbytes": 200000,

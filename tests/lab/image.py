@@ -43,7 +43,8 @@ cat >/etc/apt/sources.list.d/chatmail.sources
 # apt's own lock does not work between pid namespaces; the caller holds one
 apt-get install -qq --yes --no-install-recommends --download-only -o Debug::NoLocking=1 \
     "$@" >/dev/null
-rm -f /var/cache/apt/archives/chatmail-*.deb /var/cache/apt/archives/python3-chatmaild_*.deb
+cd /var/cache/apt/archives
+rm -f chatmail-*.deb dovecot-chatmail_*.deb python3-chatmaild_*.deb
 """
 
 
@@ -59,7 +60,7 @@ def download(tree: Path, *extra: str, relay: bool = True) -> None:
 
     Without *relay* only *extra*: what is in conflict with it.
     """
-    wanted = ("chatmail-relay", *extra) if relay else extra
+    wanted = ("chatmail-relay", "dovecot-chatmail", *extra) if relay else extra
     (ARCHIVES / "partial").mkdir(parents=True, exist_ok=True)
     with cache.locked(CACHE / "archives.lock"):
         sandbox.run(

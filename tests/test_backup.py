@@ -4,22 +4,19 @@
 import re
 import shutil
 import threading
-import time
 
 import pytest
-from conftest import measured, rpc_program
-from deltachat_rpc_client import DeltaChat, Rpc
-from lab import image
+from conftest import measured
 from lab.mail import Mail
 from lab.messages import encrypted
 from lab.shell import run, wait_for
+from people import people_of, say
 
 DOMAIN = "_saved.example"
 STORE = f"/var/lib/chatmail/mail/{DOMAIN}"
 DIRECTORY, TAR, BORG = "/root/backups", "/root/relay.tar", "borg:/root/borg"
 PASSPHRASE = "/etc/chatmail/backup.passphrase"
 MESSAGES = 20
-BUSY = ("max_load_1m=1000", "max_new_addresses_per_hour=100000")
 
 
 def well(host):
@@ -27,20 +24,10 @@ def well(host):
 
 
 @pytest.fixture(scope="module")
-def machine(lab):
-    """A host with the packages; its `fresh` disk is that of a machine on which nothing was configured."""
-    image.download(lab.tree, "borgbackup")
-    host = lab.host("saved", 63, names=(DOMAIN,))
-    host.install_relay("")
-    host.sh("apt-get install -q --yes --no-install-recommends borgbackup", timeout=120)
-    host.power_off()
-    host.fresh = host.snapshot("fresh")
-    host.start()
-    host.exec("chatmail-relay", "set", f"mail_domain={DOMAIN}", *BUSY)
-    host.exec("chatmail-relay", "apply", timeout=120)
-    well(host)
-    yield host
-    lab.remove(host)
+def machine(blank):
+    """A relay that is going to be lost."""
+    blank.begin(DOMAIN)
+    return blank.host
 
 
 @pytest.fixture(scope="module")
@@ -51,31 +38,8 @@ def mail(lab, machine):
 @pytest.fixture(scope="module")
 def people(lab, machine, tmp_path_factory):
     """Two real clients, with a chat."""
-    folder = tmp_path_factory.mktemp("people")
-    wrapper = lab.rpc_server(folder, rpc_program())
-    with Rpc(accounts_dir=str(folder / "accounts"), rpc_server_path=str(wrapper)) as rpc:
-        delta = DeltaChat(rpc)
-        made = []
-        for name in ("Alice", "Bob"):
-            account = delta.add_account()
-            account.set_config("displayname", name)
-            account.add_transport_from_qr(f"dcaccount:{DOMAIN}")
-            account.bring_online()
-            made.append(account)
-        alice, bob = made
-        bob.secure_join(alice.get_qr_code())
-        alice.wait_for_securejoin_inviter_success()
-        bob.wait_for_securejoin_joiner_success()
-        yield alice, bob
-
-
-def say(sender, receiver, text):
-    """A message of one real client to another one; seconds until it was there."""
-    begin = time.monotonic()
-    sender.create_chat(receiver).send_text(text)
-    while receiver.wait_for_incoming_msg().get_snapshot().text != text:
-        pass
-    return time.monotonic() - begin
+    with people_of(lab, tmp_path_factory.mktemp("people"), DOMAIN) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +129,7 @@ def test_a_borg_repository_is_made_with_a_passphrase_and_refused_without(machine
 
 
 def test_a_fresh_machine_goes_on_in_its_place_and_clients_notice_nothing(
-    machine, mail, people, sent, tmp_path
+    blank, machine, mail, people, sent, tmp_path
 ):
     machine.exec("chatmail-relay", "backup", BORG, timeout=120)
     session = mail.imap(sent)
@@ -176,7 +140,7 @@ def test_a_fresh_machine_goes_on_in_its_place_and_clients_notice_nothing(
     # mail that comes after the last backup is lost, but its UIDs were seen
     say(*people, "lost with the machine")
 
-    machine.restore(machine.fresh)
+    blank.reset()
     assert machine.exec("chatmail-relay", "status", check=False).code == 1
     shutil.copytree(tmp_path / "borg", machine.root / "root/borg")
     machine.write(PASSPHRASE, "correct horse battery staple\n", 0o600)

@@ -12,7 +12,7 @@ from typing import Any
 
 from chatmaild.config import FIELDS, ConfigError, read_settings
 
-from . import backup, dns, image, selftest, store
+from . import backup, dns, image, importing, selftest, store
 from .accounts import AccountError, add_commands
 from .apply import (
     NotConfigured,
@@ -54,6 +54,7 @@ ERRORS = (
     TransactionError,
     AccountError,
     BackupError,
+    importing.ImportProblem,
     OSError,
 )
 
@@ -123,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     dns.add_command(commands, common)
     selftest.add_command(commands, common)
     backup.add_commands(commands, common)
+    importing.add_command(commands, common)
     command("certificate", _certificate, "serve the newest certificate (run when it changes)")
     command("unapply", _unapply, "put back what was there before the relay")
     command("configure", _configure, "take settings from the environment (run at boot of an image)")

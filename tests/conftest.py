@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from deltachat_rpc_client import DeltaChat, Rpc
-from lab import Lab
+from lab import Lab, image
 from lab.host import Host
 from lab.inet import Internet
 from lab.mail import Mail
@@ -98,6 +98,46 @@ def ip_relay(lab: Lab) -> Host:
     host.exec("chatmail-relay", "set", "max_new_addresses_per_hour=100000", "max_load_1m=1000")
     host.exec("chatmail-relay", "apply", timeout=120)
     return host
+
+
+class Blank:
+    """A machine with the packages installed and nothing configured; modules use it one after the other."""
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab = lab
+        image.download(lab.tree, "borgbackup")
+        self.host = host = lab.host("blank", 63)
+        host.install_relay("")
+        host.sh("apt-get install -q --yes --no-install-recommends borgbackup", timeout=120)
+        host.power_off()
+        self._fresh = host.snapshot("fresh")
+        self._used = True
+
+    def reset(self) -> None:
+        """Back to the machine on which nothing was configured."""
+        self.host.restore(self._fresh)
+        self._used = False
+
+    def begin(self, domain: str) -> None:
+        """Make it the relay of *domain*."""
+        if self._used:
+            self.reset()
+        self._used = True
+        self._lab.dns.set(domain, "A", self.host.address)
+        settings = ("max_load_1m=1000", "max_new_addresses_per_hour=100000")
+        self.host.exec("chatmail-relay", "set", f"mail_domain={domain}", *settings)
+        self.host.exec("chatmail-relay", "apply", timeout=120)
+        wait_for(
+            lambda: self.host.exec("chatmail-relay", "status", check=False).ok,
+            HEALTHY_SECONDS,
+            "chatmail-relay status",
+        )
+
+
+@pytest.fixture(scope="session")
+def blank(lab: Lab) -> Blank:
+    """A machine for the life of installations: `blank.begin(domain)`, `blank.reset()`."""
+    return Blank(lab)
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,7 @@ def asked(lab):
     host.use_repository()
     host.sh(f"{' '.join(APT)} install whiptail debconf-i18n")
     with terminal(
-        host, *APT, "install", "chatmail-relay", frontend="dialog", priority="critical"
+        host, *APT, "install", "chatmail-relay", frontend="dialog", priority="critical", timeout=300
     ) as screen:
         screen.expect("Mail domain of this chatmail relay:")
         screen.type("https://_asked.example/", kill="")

@@ -57,6 +57,7 @@ def terminal(
     frontend: str = "readline",
     priority: str = "",
     language: str = "",
+    timeout: float = SECONDS,
 ) -> Iterator[Terminal]:
     """Run *argv* inside *host* on a terminal, with debconf's *frontend*; *priority* wins over options."""
     program, *arguments = host.command(
@@ -67,7 +68,7 @@ def terminal(
         f"LANGUAGE={language}",
         *argv,
     )
-    child = pexpect.spawn(program, arguments, timeout=SECONDS, encoding="utf-8", dimensions=SIZE)
+    child = pexpect.spawn(program, arguments, timeout=timeout, encoding="utf-8", dimensions=SIZE)
     try:
         yield Terminal(child)
     finally:

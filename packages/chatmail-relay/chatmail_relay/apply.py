@@ -234,12 +234,19 @@ def image_mark(paths: Paths) -> Path:
     return paths.state / "image"
 
 
-def apply(paths: Paths, version: str, *, check_all: bool = False, boot: bool = False) -> Plan:
+def apply(
+    paths: Paths,
+    version: str,
+    *,
+    check_all: bool = False,
+    boot: bool = False,
+    restart_all: bool = False,
+) -> Plan:
     """Make the machine as the settings say and return what was done.
 
     *check_all* is for the time after a daemon's upgrade: the checkers of unchanged components are asked
     too, and units that run a replaced program are restarted. *boot*: nothing of the relay runs yet, it all
-    starts afterwards by itself. Raises
+    starts afterwards by itself. *restart_all*: what the daemons read was changed under them. Raises
     Refused when a checker or a foreign listener objects, and what make_plan raises; everything is
     then as before. A unit that does not come up is a Refused as well, after the commit: its reason
     says so, and it stays pending.
@@ -258,6 +265,8 @@ def apply(paths: Paths, version: str, *, check_all: bool = False, boot: bool = F
         if any(
             secret.dest.parent != paths.real(SELF_SIGNED_CERT).parent for secret in plan.secrets
         ):
+            restart_all = True
+        if restart_all:
             for component in plan.components:
                 for unit in component.units:
                     _pend(plan, unit, "restart")

@@ -12,7 +12,7 @@ from typing import Any
 
 from chatmaild.config import FIELDS, ConfigError, read_settings
 
-from . import dns, image, selftest, store
+from . import backup, dns, image, importing, selftest, store
 from .accounts import AccountError, add_commands
 from .apply import (
     NotConfigured,
@@ -26,6 +26,7 @@ from .apply import (
     take_certificate,
     unapply,
 )
+from .backup.errors import BackupError
 from .component import ComponentError
 from .errors import RenderError
 from .ledger import LedgerError
@@ -52,6 +53,8 @@ ERRORS = (
     LedgerError,
     TransactionError,
     AccountError,
+    BackupError,
+    importing.ImportProblem,
     OSError,
 )
 
@@ -120,6 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     add_commands(commands, common)
     dns.add_command(commands, common)
     selftest.add_command(commands, common)
+    backup.add_commands(commands, common)
+    importing.add_command(commands, common)
     command("certificate", _certificate, "serve the newest certificate (run when it changes)")
     command("unapply", _unapply, "put back what was there before the relay")
     command("configure", _configure, "take settings from the environment (run at boot of an image)")

@@ -15,6 +15,7 @@ from chatmaild.config import LIVE_CERT, Config, ConfigError, read_settings
 
 from . import systemd
 from .apply import Plan, limits, make_plan, run_checkers
+from .backup.restore import mark
 from .certificate import live, self_signed, wanted
 from .component import Component, load_components
 from .errors import CertificateError, RenderError
@@ -114,6 +115,8 @@ def status(paths: Paths, version: str) -> list[Finding]:
 def _pending(paths: Paths) -> Iterator[Finding]:
     for unit, action in load_ledger(paths.state).pending.items():
         yield Finding("pending", False, f"{action} of {unit}", "run chatmail-relay apply")
+    if mark(paths).exists():
+        yield Finding("restore", False, "was interrupted", "run chatmail-relay restore once more")
 
 
 def _units(components: list[Component]) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ import ssl
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,9 +35,9 @@ class Letter:
     data: bytes  # HTTPS: the request's head and body
     way: str  # "SMTP" or "HTTPS"
     client: str  # the address it came from
-    helo: str = ""
-    tls: str | None = None  # the version
-    name: str | None = None  # which server the client asked for by SNI
+    helo: str
+    tls: str | None  # the version
+    name: str | None  # which server the client asked for by SNI
 
 
 @dataclass
@@ -182,13 +182,13 @@ class _Handler(socketserver.BaseRequestHandler):
         if self.tls is not None:
             self.tls.close()
 
-    @property
-    def wire(self) -> dict[str, str | None]:
-        """What a Letter has to tell about the connection."""
-        if self.tls is None:
-            return {"client": self.client, "tls": None, "name": None}
-        name = getattr(self.tls, "lab_name", None)
-        return {"client": self.client, "tls": self.tls.version(), "name": name}
+    def take(self, sender: str, recipients: list[str], data: bytes, way: str, helo: str) -> None:
+        """Remember a message, and how it came."""
+        tls, name = None, None
+        if self.tls is not None:
+            tls, name = self.tls.version(), getattr(self.tls, "lab_name", None)
+        letter = Letter(sender, tuple(recipients), data, way, self.client, helo, tls, name)
+        self.peer.take(letter)
 
 
 class _Smtp(_Handler):
@@ -197,7 +197,8 @@ class _Smtp(_Handler):
     def handle(self) -> None:
         self.peer.see()
         self.say("", "220 peer ESMTP")
-        helo, sender, recipients = "", "", []
+        helo, sender = "", ""
+        recipients: list[str] = []
         while line := self.file.readline():
             text = line.decode("latin-1").rstrip("\r\n")
             verb, _, argument = text.partition(" ")
@@ -222,9 +223,7 @@ class _Smtp(_Handler):
                 if recipients and self.say(verb, "354 go ahead"):
                     data = self._data()
                     if self.say(".", "250 taken"):
-                        self.peer.take(
-                            Letter(sender, tuple(recipients), data, "SMTP", helo=helo, **self.wire)
-                        )
+                        self.take(sender, recipients, data, "SMTP", helo)
                 elif not recipients:
                     self.say("", "554 no valid recipients")
             elif verb == "QUIT":
@@ -270,8 +269,7 @@ class _Https(_Handler):
             return self._answer("405 Method Not Allowed", "")
         body = self.file.read(int(fields["content-length"][0]))
         sender = fields.get("x-mail-from", [""])[0]
-        recipients = tuple(fields.get("x-mail-to", ()))
-        self.peer.take(Letter(sender, recipients, head + body, "HTTPS", **self.wire))
+        self.take(sender, fields.get("x-mail-to", []), head + body, "HTTPS", "")
         return self._answer("200 OK", "250 OK")
 
     def _answer(self, status: str, text: str) -> None:
@@ -297,8 +295,3 @@ def _server_context(pair: Pair) -> ssl.SSLContext:
         chain.write_text(pair.chain + pair.key)
         made.load_cert_chain(chain)
     return made
-
-
-def publish_mail(internet: Internet, domain: str, exchanges: Mapping[str, int]) -> None:
-    """The MX records of *domain*: name -> preference."""
-    internet.set(domain, "MX", *(f"{rank} {name}." for name, rank in exchanges.items()))

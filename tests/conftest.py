@@ -124,7 +124,10 @@ class Blank:
             self.reset()
         self._used = True
         self._lab.dns.set(domain, "A", self.host.address)
-        settings = ("max_load_1m=1000", "max_new_addresses_per_hour=100000")
+        settings = (
+            *("max_load_1m=1000", "max_new_addresses_per_hour=100000"),
+            *("max_user_send_per_minute=100000", "max_user_send_burst_size=100000"),
+        )
         self.host.exec("chatmail-relay", "set", f"mail_domain={domain}", *settings)
         self.host.exec("chatmail-relay", "apply", timeout=120)
         wait_for(

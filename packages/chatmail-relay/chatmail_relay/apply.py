@@ -26,7 +26,7 @@ from pathlib import Path
 import jinja2
 from chatmaild.config import DEFAULT_PATH, SELF_SIGNED_CERT, Config, explicit_values, read_settings
 
-from . import certificate, postfix, systemd
+from . import certificate, postfix, stateformat, systemd
 from .component import ACTIVATIONS, Component, Limit, load_components
 from .errors import CertificateError
 from .ledger import LEDGER_NAME, Entry, Ledger, ledger_path, load_ledger, remember
@@ -85,8 +85,10 @@ def is_configured(paths: Paths) -> bool:
 def make_plan(paths: Paths, version: str) -> Plan:
     """Compare what the settings want with what is on disk; changes nothing.
 
-    Raises NotConfigured, ConfigError, ComponentError, RenderError, PostfixError, LedgerError.
+    Raises NotConfigured, ConfigError, ComponentError, RenderError, PostfixError, LedgerError,
+    StateError.
     """
+    stateformat.check(paths, version)
     old = load_ledger(paths.state)
     if not is_configured(paths) and not old.components:
         raise NotConfigured
@@ -111,6 +113,9 @@ def make_plan(paths: Paths, version: str) -> Plan:
     new = Change(ledger_path(paths.state), plan.ledger.to_json(), 0o600)
     if differs(new):
         plan.changes.append(new)
+    book = stateformat.change(paths, version)
+    if book is not None:
+        plan.changes.append(book)
     return plan
 
 
@@ -234,6 +239,7 @@ def apply(paths: Paths, version: str, *, check_all: bool = False) -> Plan:
     says so, and it stays pending.
     """
     with lock(paths):
+        stateformat.check(paths, version)
         Transaction(paths.state).recover()
         plan = make_plan(paths, version)
         if paths.is_live and not load_ledger(paths.state).components:
@@ -427,8 +433,9 @@ def limits(paths: Paths, plan: Plan, version: str) -> list[LimitFinding]:
 
 
 def shown_changes(plan: Plan) -> list[Change]:
-    """The changes of files that an administrator knows of: all but the brain's own book."""
-    return [change for change in plan.changes if change.dest.name != LEDGER_NAME]
+    """The changes of files that an administrator knows of: all but the brain's own books."""
+    books = (LEDGER_NAME, stateformat.NAME)
+    return [change for change in plan.changes if change.dest.name not in books]
 
 
 def diff(plan: Plan) -> list[str]:

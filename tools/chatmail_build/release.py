@@ -34,6 +34,8 @@ DEV = "~dev"
 KEEP = 5
 
 CHANGELOG = "debian/changelog"
+#: The version of the wheel; that of a release.
+PYPROJECT = "packages/chatmaild/pyproject.toml"
 _PLACEHOLDER = "  * In development.\n"
 
 # $1 suite, $2 version, $3... versions whose snapshots go
@@ -49,6 +51,8 @@ for changes in /debs/*.changes; do
 	# the key's own package has the same version in many releases
 	if [ ! -e /releases/db ] ||
 		[ -z "$(archive -T dsc listfilter "$suite" "Package (== $source), Version (== $has)")" ]; then
+		# also what is not made of it any more
+		[ ! -e /releases/db ] || archive removesrc "$suite" "$source"
 		archive include "$suite" "$changes"
 	fi
 done
@@ -217,29 +221,35 @@ def release(uri: str, version: str = "", top: Path = ROOT) -> dict[str, Any]:
     """Prepare the changelog, build, publish, commit, tag, and begin the work on the next version.
 
     *version*: the one that the changelog works towards, if not given. Until everything is built and
-    checked, only the changelog has changed, and it is put back if something goes wrong.
+    checked, only two files have changed, and they are put back if something goes wrong.
     """
     if _git(top, "status", "--porcelain"):
         raise ReleaseError(f"{top}: has changes that are not committed; commit them first")
-    path = top / CHANGELOG
-    before = path.read_text()
+    path, project = top / CHANGELOG, top / PYPROJECT
+    before = {item: item.read_text() for item in (path, project)}
     current = debs.Changelog.read(top)
     version = version or current.version.removesuffix(DEV)
     if not current.version.endswith(DEV):
         raise ReleaseError(f"{path}: {current.version} is a release; begin the next one")
     if not is_newer(version, current.version):
         raise ReleaseError(f"{path}: {version} is not newer than {current.version}")
-    path.write_text(finished(top, before, version))
+    path.write_text(finished(top, before[path], version))
+    project.write_text(re.sub('(?m)^version = ".*"', f'version = "{version}"', before[project]))
     try:
         told = publish(folder(), repository.build_all(uri), version, uri)
     except BaseException:
-        path.write_text(before)
+        for item, text in before.items():
+            item.write_text(text)
         raise
-    _git(top, "commit", "--quiet", "--message", f"Release {version}", "--", CHANGELOG)
+    _commit(top, f"Release {version}", CHANGELOG, PYPROJECT)
     _git(top, "tag", "--annotate", "--message", f"Release {version}", f"v{version}")
     path.write_text(begun(path.read_text(), version))
-    _git(top, "commit", "--quiet", "--message", f"Begin {_next(version)}", "--", CHANGELOG)
+    _commit(top, f"Begin {_next(version)}", CHANGELOG)
     return told
+
+
+def _commit(top: Path, message: str, *files: str) -> None:
+    _git(top, "commit", "--quiet", "--message", message, "--", *files)
 
 
 def finished(top: Path, changelog: str, version: str, now: float | None = None) -> str:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 # The commands people type; .ci/run calls them. All need root: trees, namespaces, containers.
 REPO_URI ?=
+VERSION ?=
 
-.PHONY: help deb repo lint test bench-storage bench-dovecot demo demo-stop clean distclean
+.PHONY: help deb repo release lint test bench-storage bench-dovecot demo demo-stop clean distclean
 
 help:
 	@echo "sudo make demo       build all, boot a Debian 13 container, install the relay in it"
@@ -12,6 +13,7 @@ help:
 	@echo "sudo make bench-dovecot  the notify plugin: 100,000 notifications, 10,000 sessions; two hours"
 	@echo "sudo make deb        the packages, in build/debs"
 	@echo "sudo make repo       the signed apt repository, in build/repo (REPO_URI=where it will be)"
+	@echo "sudo make release    version, changelog, a repository that keeps several (VERSION= REPO_URI=)"
 	@echo "sudo make lint       lintian, shellcheck, ruff, mypy"
 	@echo "make clean           remove build/; distclean: the cache as well"
 
@@ -20,6 +22,9 @@ deb: tools/.host-packages
 
 repo: tools/.host-packages
 	tools/build repo $(REPO_URI)
+
+release: tools/.host-packages
+	tools/release --uri "$(REPO_URI)" $(VERSION)
 
 lint: tools/.host-packages
 	tools/lint

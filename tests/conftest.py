@@ -4,10 +4,12 @@
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chatmail_build import debs, paths, release
 from deltachat_rpc_client import DeltaChat, Rpc
 from lab import Lab, image
 from lab.host import Host
@@ -35,6 +37,7 @@ RELAY_UNITS = (
 TOGETHER = {
     "internet": ("test_acme", "test_federation", "test_inet", "test_tls"),
     "ip_relay": ("test_ip_relay", "test_selftest"),
+    "releases": ("test_release", "test_upgrade"),
 }
 
 _counts: dict[str, int] = {}
@@ -177,6 +180,39 @@ def alpha(internet: Internet) -> Host:
 def beta(internet: Internet) -> Host:
     """The relay beta.example."""
     return internet_relay(internet, "beta", 52)
+
+
+@dataclass(frozen=True)
+class Releases:
+    """A repository of the last release and of this tree, as `make release` makes it."""
+
+    previous: str
+    current: str
+    directory: Path
+    told: dict[str, Any]  # by python-debian
+
+    @property
+    def public(self) -> Path:
+        """What a web server would show."""
+        return self.directory / "public"
+
+
+RELEASES_URI = "https://deb.example.org/"
+
+
+@pytest.fixture(scope="session")
+def releases(tmp_path_factory: pytest.TempPathFactory) -> Releases:
+    """The last release is built from its commit, once; this tree is what was built for all tests."""
+    begin = time.monotonic()
+    previous, built = release.build_previous()
+    measured["build of the last release"] = f"{time.monotonic() - begin:.1f} s"
+    current = debs.Changelog.read(paths.ROOT).version
+    directory = tmp_path_factory.mktemp("releases") / "releases"
+    begin = time.monotonic()
+    release.publish(directory, built, previous, RELEASES_URI)
+    told = release.publish(directory, paths.DEBS, current, RELEASES_URI)
+    measured["a release added to the repository"] = f"{(time.monotonic() - begin) / 2:.1f} s"
+    return Releases(previous, current, directory, told)
 
 
 @pytest.fixture(scope="session")

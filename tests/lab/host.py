@@ -64,7 +64,9 @@ exec systemd-nspawn "$@"
 class Host:
     """One container; `start` boots it, `exec` runs commands in it, `stop` ends and removes it."""
 
-    def __init__(self, state: Run, name: str, namespace: Namespace, tree: Path) -> None:
+    def __init__(
+        self, state: Run, name: str, namespace: Namespace, tree: Path, disk: int = 0
+    ) -> None:
         self.name = name
         self.namespace = namespace
         self.boot_seconds = 0.0
@@ -72,6 +74,7 @@ class Host:
         self.largest: dict[str, tuple[float, float]] = {}  # (PSS, RSS) in MiB by unit, see memory()
         self._state = state
         self._tree = tree
+        self._disk = disk  # MiB; 0 is as much as there is
         self._folder = state.directory / "hosts" / name
         self.root = self._folder / "root"
         self._archives = self._folder / "archives"
@@ -103,6 +106,10 @@ class Host:
     def prepare(self) -> None:
         """Make the disk, unless there is one."""
         if not self.root.exists():
+            if self._disk:
+                self._folder.mkdir()
+                options = f"mode=755,size={self._disk}m"
+                run(["mount", "-t", "tmpfs", "-o", options, f"lab-{self.name}", self._folder])
             self._overlay(self._tree, self.root)
             # A view of its own, so that apt's lock on the cache is this host's alone.
             self._overlay(image.ARCHIVES, self._archives)
@@ -232,10 +239,25 @@ class Host:
     def stop(self) -> None:
         """Power off, and remove the disk."""
         self.power_off()
-        for target in (self.root, self._archives):
+        for target in (self.root, self._archives, self._folder):
             if os.path.ismount(target):
                 run(["umount", target])
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def full_disk(self, left: int) -> Iterator[None]:
+        """So many bytes may still be written to a disk of limited size, until the body ends."""
+        assert self._disk, f"{self.name} has no disk of its own"
+
+        def resize(size: int | str) -> None:
+            run(["mount", "-o", f"remount,size={size}", self._folder])
+
+        info = os.statvfs(self._folder)
+        resize((info.f_blocks - info.f_bfree) * info.f_frsize + left)
+        try:
+            yield
+        finally:
+            resize(f"{self._disk}m")
 
     # -- snapshots -----------------------------------------------------------------------------
 

@@ -71,23 +71,26 @@ class Lab:
         if self.in_memory:
             run(["mount", "-t", "tmpfs", "-o", "mode=755,size=75%", "lab-hosts", folder])
 
-    def host(self, name: str, number: int, *, names: tuple[str, ...] = ()) -> Host:
-        """Boot a new host at 10.77.0.*number*; *names* get A records that point to it."""
-        host = self.boot(name, number)
+    def host(self, name: str, number: int, *, names: tuple[str, ...] = (), disk: int = 0) -> Host:
+        """Boot a new host at 10.77.0.*number*; *names* get A records that point to it.
+
+        *disk*: MiB that it may write, which `full_disk` then can take away.
+        """
+        host = self.boot(name, number, disk)
         for item in names:
             self.dns.set(item, "A", host.address)
         host.write("/etc/unbound/unbound.conf.d/lab.conf", UNBOUND.format(address=self.dns.address))
         return host
 
-    def boot(self, name: str, number: int) -> Host:
+    def boot(self, name: str, number: int, disk: int = 0) -> Host:
         """A new host at 10.77.0.*number* and fd77::*number* that knows no name server."""
-        host = self.disk(name, number)
+        host = self.disk(name, number, disk)
         host.start()
         return host
 
-    def disk(self, name: str, number: int) -> Host:
+    def disk(self, name: str, number: int, size: int = 0) -> Host:
         """The same, not booted."""
-        host = Host(self.state, name, self.network.attach(name, number), self.tree)
+        host = Host(self.state, name, self.network.attach(name, number), self.tree, size)
         self._hosts.append(host)
         host.prepare()
         return host

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -54,6 +55,8 @@ class Variation:
 
 
 NORMAL = Variation()
+#: Of what was tested when it was new.
+QUICK = Variation(options="nocheck")
 OTHER = Variation(
     "/srv/another/place", "002", (("TZ", "Asia/Kathmandu"), ("LC_ALL", "C")), "nocheck"
 )
@@ -92,31 +95,52 @@ def build(tree: Path, work: Path, changelog: Changelog, how: Variation = NORMAL)
         raise BuildError(f"{changelog.source} {changelog.version}: dpkg-buildpackage failed")
 
 
-def build_source(top: Path, extra: Mapping[str, bytes]) -> Path:
-    """Build one source package unless its result is there already; returns its directory."""
-    with cache.locked(CACHE / "work.lock"), trees.tree("build") as tree:
+@contextlib.contextmanager
+def _work() -> Iterator[Path]:
+    """The directory in which sources are built, one at a time; empty at first, gone at the end."""
+    with cache.locked(CACHE / "work.lock"):
         work = CACHE / "work"
         if work.exists():
             cache.remove_tree(work)
         work.mkdir(parents=True)
         try:
-            changelog, digest = prepare(top, work, extra)
-            results = BUILD / "sources" / changelog.source
-            key = cache.digest(digest, tree.name)
-            stamp = cache.Stamp(BUILD / "stamps" / changelog.source, key, [results])
-            if stamp.fresh():
-                print(f"{changelog.source} {changelog.version}: nothing changed", flush=True)
-                return results
-            stamp.invalidate()
-            build(tree, work, changelog)
-            with cache.new_directory(results) as new:
-                for path in sorted(work.iterdir()):
-                    if path.is_file():
-                        shutil.copyfile(path, new / path.name)
-            stamp.write()
-            return results
+            yield work
         finally:
             cache.remove_tree(work)
+
+
+def _take(work: Path, results: Path) -> None:
+    """Copy what a build made."""
+    for path in sorted(work.iterdir()):
+        if path.is_file():
+            shutil.copyfile(path, results / path.name)
+
+
+def build_source(top: Path, extra: Mapping[str, bytes]) -> Path:
+    """Build one source package unless its result is there already; returns its directory."""
+    with trees.tree("build") as tree, _work() as work:
+        changelog, digest = prepare(top, work, extra)
+        results = BUILD / "sources" / changelog.source
+        key = cache.digest(digest, tree.name)
+        stamp = cache.Stamp(BUILD / "stamps" / changelog.source, key, [results])
+        if stamp.fresh():
+            print(f"{changelog.source} {changelog.version}: nothing changed", flush=True)
+            return results
+        stamp.invalidate()
+        build(tree, work, changelog)
+        with cache.new_directory(results) as new:
+            _take(work, new)
+        stamp.write()
+        return results
+
+
+def build_into(results: Path, top: Path, how: Variation) -> str:
+    """Build one source package into an empty directory; returns its version."""
+    with trees.tree("build") as tree, _work() as work:
+        changelog, _digest = prepare(top, work, {})
+        build(tree, work, changelog, how)
+        _take(work, results)
+        return changelog.version
 
 
 def collect(directories: list[Path]) -> Path:
@@ -135,36 +159,25 @@ def differences(top: Path, extra: Mapping[str, bytes]) -> list[str]:
     how. Tests are not run again: they leave nothing in a package.
     """
     built = build_source(top, extra)
-    with (
-        cache.locked(CACHE / "work.lock"),
-        trees.tree("build") as tree,
-        trees.tree("tools") as tools,
-    ):
-        work = CACHE / "work"
-        if work.exists():
-            cache.remove_tree(work)
-        work.mkdir(parents=True)
-        try:
-            with tarfile.open(next(built.glob("*.tar.xz"))) as archive:
-                if hasattr(tarfile, "data_filter"):
-                    archive.extractall(work, filter="data")
-                else:  # Debian 12's Python knows no filters; this archive is our own
-                    archive.extractall(work)
-            changelog = Changelog.read(next(path for path in work.iterdir() if path.is_dir()))
-            build(tree, work, changelog, OTHER)
-            different = []
-            for path in sorted([*work.glob("*.deb"), *work.glob("*.tar.*")]):
-                if path.read_bytes() == (built / path.name).read_bytes():
-                    continue
-                different.append(path.name)
-                sandbox.run(
-                    tools,
-                    ["timeout", "60", "diffoscope", f"/built/{path.name}", f"/again/{path.name}"],
-                    binds=[sandbox.Bind(str(built), "/built"), sandbox.Bind(str(work), "/again")],
-                    check=False,
-                )
-            verdict = "differs: " + " ".join(different) if different else "bit for bit the same"
-            print(f"{changelog.source} {changelog.version} built again: {verdict}", flush=True)
-            return different
-        finally:
-            cache.remove_tree(work)
+    with trees.tree("build") as tree, trees.tree("tools") as tools, _work() as work:
+        with tarfile.open(next(built.glob("*.tar.xz"))) as archive:
+            if hasattr(tarfile, "data_filter"):
+                archive.extractall(work, filter="data")
+            else:  # Debian 12's Python knows no filters; this archive is our own
+                archive.extractall(work)
+        changelog = Changelog.read(next(path for path in work.iterdir() if path.is_dir()))
+        build(tree, work, changelog, OTHER)
+        different = []
+        for path in sorted([*work.glob("*.deb"), *work.glob("*.tar.*")]):
+            if path.read_bytes() == (built / path.name).read_bytes():
+                continue
+            different.append(path.name)
+            sandbox.run(
+                tools,
+                ["timeout", "60", "diffoscope", f"/built/{path.name}", f"/again/{path.name}"],
+                binds=[sandbox.Bind(str(built), "/built"), sandbox.Bind(str(work), "/again")],
+                check=False,
+            )
+        verdict = "differs: " + " ".join(different) if different else "bit for bit the same"
+        print(f"{changelog.source} {changelog.version} built again: {verdict}", flush=True)
+        return different

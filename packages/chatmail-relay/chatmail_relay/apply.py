@@ -26,7 +26,7 @@ from pathlib import Path
 import jinja2
 from chatmaild.config import DEFAULT_PATH, SELF_SIGNED_CERT, Config, explicit_values, read_settings
 
-from . import certificate, postfix, systemd
+from . import certificate, postfix, stateformat, systemd
 from .component import ACTIVATIONS, Component, Limit, load_components
 from .errors import CertificateError
 from .ledger import LEDGER_NAME, Entry, Ledger, ledger_path, load_ledger, remember
@@ -90,8 +90,10 @@ def is_configured(paths: Paths) -> bool:
 def make_plan(paths: Paths, version: str) -> Plan:
     """Compare what the settings want with what is on disk; changes nothing.
 
-    Raises NotConfigured, ConfigError, ComponentError, RenderError, PostfixError, LedgerError.
+    Raises NotConfigured, ConfigError, ComponentError, RenderError, PostfixError, LedgerError,
+    StateError.
     """
+    stateformat.check(paths, version)
     old = load_ledger(paths.state)
     if not is_configured(paths) and not old.components:
         raise NotConfigured
@@ -116,6 +118,9 @@ def make_plan(paths: Paths, version: str) -> Plan:
     new = Change(ledger_path(paths.state), plan.ledger.to_json(), 0o600)
     if differs(new):
         plan.changes.append(new)
+    book = stateformat.change(paths, version)
+    if book is not None:
+        plan.changes.append(book)
     return plan
 
 
@@ -252,6 +257,7 @@ def apply(
     says so, and it stays pending.
     """
     with lock(paths):
+        stateformat.check(paths, version)
         Transaction(paths.state).recover()
         plan = make_plan(paths, version)
         live = paths.is_live and not boot
@@ -453,8 +459,9 @@ def limits(paths: Paths, plan: Plan, version: str) -> list[LimitFinding]:
 
 
 def shown_changes(plan: Plan) -> list[Change]:
-    """The changes of files that an administrator knows of: all but the brain's own book."""
-    return [change for change in plan.changes if change.dest.name != LEDGER_NAME]
+    """The changes of files that an administrator knows of: all but the brain's own books."""
+    books = (LEDGER_NAME, stateformat.NAME)
+    return [change for change in plan.changes if change.dest.name not in books]
 
 
 def diff(plan: Plan) -> list[str]:

@@ -28,7 +28,7 @@ from .apply import (
 )
 from .backup.errors import BackupError
 from .component import ComponentError
-from .errors import RenderError
+from .errors import RenderError, StateError
 from .ledger import LedgerError
 from .paths import Paths
 from .postfix import PostfixError
@@ -51,6 +51,7 @@ ERRORS = (
     RenderError,
     PostfixError,
     LedgerError,
+    StateError,
     TransactionError,
     AccountError,
     BackupError,
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None, *, root: str = "/") -> int:
     except ERRORS as error:
         for line in str(error).splitlines():
             print(f"chatmail-relay: {line}", file=sys.stderr)
-        if getattr(options, "lenient", False):
+        if getattr(options, "lenient", False) and not isinstance(error, StateError):
             print(
                 "chatmail-relay: warning: the configuration in force stays; "
                 "run 'chatmail-relay apply' when this is mended",

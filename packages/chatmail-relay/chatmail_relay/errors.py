@@ -15,6 +15,10 @@ class RenderError(Exception):
     """A template, ours or the operator's override, does not render."""
 
 
+class StateError(Exception):
+    """What is kept is not for this version: says why, and what to do."""
+
+
 @contextlib.contextmanager
 def naming_the_place(fallback: str) -> Iterator[None]:
     """Turns what goes wrong in a template into a RenderError with file and line, or *fallback*."""

@@ -11,12 +11,11 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-FORMAT = 1
 LEDGER_NAME = "ledger.json"
 
 
 class LedgerError(Exception):
-    """The ledger was written by a newer version, or is damaged."""
+    """The ledger is damaged."""
 
 
 @dataclass
@@ -38,8 +37,7 @@ class Ledger:
 
     def to_json(self) -> bytes:
         """The ledger as it stands in the file."""
-        data = {"format": FORMAT, **asdict(self)}
-        return (json.dumps(data, indent=1, sort_keys=True) + "\n").encode()
+        return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
 
     @property
     def files(self) -> dict[str, dict[str, object] | None]:
@@ -61,8 +59,6 @@ def load_ledger(state: Path) -> Ledger:
     path = ledger_path(state)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        if data["format"] > FORMAT:
-            raise LedgerError(f"{path}: written by a newer chatmail-relay; upgrade the package")
         return Ledger(
             {name: Entry(**entry) for name, entry in data["components"].items()},
             dict(data["pending"]),

@@ -37,6 +37,11 @@ class Paths:
         return self.real("/var/lib/chatmail/state")
 
     @property
+    def format(self) -> Path:
+        """The number that tells older versions to keep off (see stateformat.py)."""
+        return self.real("/var/lib/chatmail/format")
+
+    @property
     def is_live(self) -> bool:
         """Whether daemons run here: checkers and restarts make no sense in a chroot or an image."""
         return self.root == Path("/") and os.path.isdir("/run/systemd/system")

@@ -58,14 +58,19 @@ def properties(units: list[str], *names: str) -> dict[str, dict[str, str]]:
 
 
 def outdated(units: list[str]) -> list[str]:
-    """Those of *units* that still run a program which an upgrade has replaced since.
+    """Those of *units*, or services of their sockets, that run a program an upgrade has replaced since.
 
     A daemon's package restarts the daemon's own unit, and knows nothing of units of ours that run it.
     """
+    states = properties(units, "Triggers")
+    services = [
+        state.get("Triggers", "") if unit.endswith(".socket") else unit
+        for unit, state in states.items()
+    ]
     found = []
-    for unit, state in properties(units, "MainPID").items():
+    for unit, state in properties(list(dict.fromkeys(filter(None, services))), "MainPID").items():
         try:
-            # 0 is none; a socket has not even that
+            # 0 is none; a timer has not even that
             program = os.readlink(f"/proc/{state.get('MainPID', 0)}/exe")
         except OSError:
             continue  # not running

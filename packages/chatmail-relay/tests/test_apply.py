@@ -6,7 +6,7 @@ import os
 
 import pytest
 from chatmail_relay import apply as brain
-from chatmail_relay import systemd
+from chatmail_relay import stateformat, systemd
 from chatmail_relay.cli import main
 from chatmail_relay.paths import Paths
 from chatmail_relay.transaction import Change, Transaction
@@ -274,6 +274,36 @@ def test_apply_first_repairs_what_a_dead_run_left(root):
     assert conf.read_bytes() == b"half\n"
     assert run(root, "recover") == 0
     assert conf.read_bytes() == good
+
+
+def test_what_a_newer_version_keeps_is_not_touched_and_the_remedy_is_told(
+    root, capsys, monkeypatch
+):
+    configured(root)
+    book = root / "var/lib/chatmail/format"
+    assert book.read_text().split()[0] == str(stateformat.FORMAT)
+    book.write_text(f"{stateformat.FORMAT + 1} 9.9\n")
+    run(root, "set", "mail_domain=_beta.example")
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    for words in (["apply"], ["apply", "--lenient"], ["diff"], ["check"], ["status"]):
+        capsys.readouterr()
+        assert run(root, *words) == 1
+        said = capsys.readouterr().err
+        assert f"{book}: what is kept in {book.parent} has format" in said
+        assert "Install version 9.9 or newer again" in said
+    assert before == {path: path.read_bytes() for path in before}
+    monkeypatch.setattr(stateformat, "FORMAT", stateformat.FORMAT + 2)
+    assert run(root, "apply") == 0
+    assert book.read_text().split()[0] == str(stateformat.FORMAT)
+    assert run(root, "unapply") == 0 and book.exists()
+
+
+@pytest.mark.parametrize("content", ["", "one 0.1.0\n", "1\n"])
+def test_a_damaged_format_is_no_leave_to_go_on(root, capsys, content):
+    configured(root)
+    (root / "var/lib/chatmail/format").write_text(content)
+    assert run(root, "apply", "--lenient") == 1
+    assert "not a number and a version. Restore it" in capsys.readouterr().err
 
 
 def test_get_prints_values_in_force(root, capsys):

@@ -74,12 +74,21 @@ def test_a_unit_that_runs_a_replaced_program_is_outdated(tmp_path, monkeypatch):
         process.stdout.readline()
         states = {
             "toy.service": {"MainPID": str(process.pid)},
+            "toy.socket": {"Triggers": "behind.service"},
+            "behind.service": {"MainPID": str(process.pid)},
+            "idle.socket": {"Triggers": "down.service"},
             "down.service": {"MainPID": "0"},
             "new.service": {},
+            "toy.timer": {"Triggers": "nightly.service"},
         }
-        monkeypatch.setattr(systemd, "properties", lambda units, *names: states)
-        assert systemd.outdated(list(states)) == []
+
+        def properties(units, *names):
+            return {unit: states[unit] for unit in units}
+
+        monkeypatch.setattr(systemd, "properties", properties)
+        units = [unit for unit in states if unit != "behind.service"]
+        assert systemd.outdated(units) == []
         program.rename(tmp_path / "old")
         (tmp_path / "old").unlink()
-        assert systemd.outdated(list(states)) == ["toy.service"]
+        assert systemd.outdated(units) == ["toy.service", "behind.service"]
         process.stdin.close()

@@ -143,9 +143,7 @@ def memory(host: Host, numbers: list[int]) -> None:
     for count in numbers or [1000, 10000]:
         for limit in CLIENT_LIMITS:
             processes = -(-count // limit) + 50
-            more = (
-                f"service imap {{\n  client_limit = {limit}\n  process_limit = {processes}\n}}\n"
-            )
+            more = f"service imap {{\n  client_limit = {limit}\n  process_limit = {processes}\n}}\n"
             settings(host, MEMORY_NAP, more)
             host.exec("systemctl", "restart", "dovecot", "chatmail-front")
             words = ("--clients", str(count), "--at-a-time", "30", "--create")

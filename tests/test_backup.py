@@ -124,7 +124,7 @@ def test_a_borg_repository_is_made_with_a_passphrase_and_refused_without(machine
     assert "key = " in config and "correct horse" not in config
     machine.write(PASSPHRASE, "wrong\n", 0o600)
     done = machine.exec("chatmail-relay", "backup", BORG, check=False)
-    assert done.code == 1 and "passphrase supplied in BORG_PASSCOMMAND is incorrect" in done.err
+    assert done.code == 1 and re.search("passphrase .* is incorrect", done.err)
     machine.write(PASSPHRASE, "correct horse battery staple\n", 0o600)
 
 

@@ -54,7 +54,6 @@ FILES = {
         "Package: dovecot-*\nPin: version *\nPin-Priority: -1\n"
     ),
     "/etc/apt/apt.conf.d/00InstallRecommends": 'APT::Install-Recommends "false";\n',
-    "/etc/systemd/journald.conf": "[Journal]\nMaxRetentionSec=3d\nStorage=volatile\n",
     "/etc/cron.d/chatmail-metrics": "# metrics\n",
     "/etc/unbound/unbound.conf.d/chatmail.conf": "server:\n    cache-max-negative-ttl: 0\n",
     "/etc/nginx/nginx.conf": (
@@ -86,7 +85,11 @@ FILES = {
     "/usr/local/lib/chatmaild/venv/pyvenv.cfg": "home = /usr/bin\n",
 }
 #: Stay where they are.
-KEPT = {"/etc/mailname": f"{DOMAIN}\n", "/etc/environment": "TZ=:/etc/localtime\n"}
+KEPT = {
+    "/etc/mailname": f"{DOMAIN}\n",
+    "/etc/environment": "TZ=:/etc/localtime\n",
+    "/etc/systemd/journald.conf": "[Journal]\nMaxRetentionSec=3d\nStorage=volatile\n",
+}
 
 
 def queue_something(old, recipient):
@@ -152,7 +155,7 @@ def compressed(old):
     """Whether all messages on disk are, as the reference system's are."""
     names = old.host.sh(f"find {STORE} -path '*/cur/*' -o -path '*/new/*'").out.split()
     heads = [old.host.exec("head", "-c2", name).out for name in names]
-    return len(heads) > 3 and all(head.startswith("\x1f") for head in heads)
+    return len(heads) >= 2 and all(head.startswith("\x1f") for head in heads)
 
 
 def test_everything_that_would_be_done_is_said_and_nothing_is_done(old):
@@ -200,7 +203,8 @@ def test_nothing_of_the_reference_tool_is_in_the_way_and_nothing_is_lost(old):
     for name in ("doveauth", "filtermail", "turnserver"):
         state = host.exec("systemctl", "show", "-P", "LoadState", f"{name}.service").out
         assert state == "not-found\n", name
-    assert host.exec("dpkg", "--verify").out == ""
+    changed = host.exec("dpkg", "--verify").out.split()
+    assert [word for word in changed if word.startswith("/")] == ["/etc/systemd/journald.conf"]
     policy = host.exec("apt-cache", "policy", "dovecot-core").out
     assert "Candidate: (none)" not in policy
     assert "login_map = regexp" not in host.exec("postconf", "-n").out

@@ -61,7 +61,6 @@ DAEMONS = (
 OVERRIDES = (
     "/etc/apt/preferences.d/pin-dovecot",
     "/etc/apt/apt.conf.d/00InstallRecommends",
-    "/etc/systemd/journald.conf",
     "/etc/cron.d/chatmail-metrics",
     "/etc/cron.d/expunge",
     "/etc/cron.d/acmetool",
@@ -112,6 +111,7 @@ LEFT = {
     "/etc/mailname": "the mail domain",
     "/etc/environment": "a line with TZ",
     "/etc/sysctl.conf": "limits of inotify",
+    "/etc/systemd/journald.conf": "keeps the machine's own log in memory, for three days",
     "/var/www/html": "put pages of your own into /etc/chatmail/www",
 }
 

@@ -331,7 +331,6 @@ class Import:
 
     def _apply(self) -> None:
         apply(self.paths, self.version, restart_all=True)
-        (self.paths.state / "import.ini").unlink()
 
 
 def _moved(paths: Sequence[str]) -> list[str]:

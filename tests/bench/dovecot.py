@@ -12,6 +12,7 @@ memory      idle sessions, 1,000 and 10,000 or NUMBER..., awake and hibernated, 
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,8 +32,8 @@ HOURS = 4 * 3600
 RACE_CLIENTS = 100  # more than this, and Dovecot on two cores falls behind the clock
 NAP = "1 s"
 
-#: Idle processes are ended after a minute, and sessions hibernate after one: by then all has settled.
-MEMORY_NAP, MEMORY_LOOKS = "1 min", ("5", "170")
+#: Sessions hibernate after one minute here, idle imap processes end after another, and workers of auth after five.
+MEMORY_NAP, MEMORY_LOOKS = "1 min", ("5", "400")
 CLIENT_LIMITS = (100, 10)
 
 #: LeakSanitizer looks at a process that ends. It needs memory without limit, and to be traced by itself,
@@ -160,6 +161,7 @@ def main() -> None:
         sys.exit(__doc__)
     wanted = sys.argv[1:2] or list(parts)
     numbers = [int(word) for word in sys.argv[2:]]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # the lab leaves nothing
     with image.host_tree() as tree:
         image.download(tree, *(["liblsan0"] if "leaks" in wanted else []))
     with Lab("bench") as lab:

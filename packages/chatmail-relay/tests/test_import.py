@@ -170,14 +170,14 @@ def _killed(*_arguments, **_options):
 
 
 @pytest.mark.parametrize(
-    "where", ["exchange", "give", "change_settings", "apply", "serialization", "shutil.copy2"]
+    "where",
+    ["exchange", "give", "change_settings", "apply", "write_file", "shutil.copy2", "shutil.rmtree"],
 )
 def test_an_import_that_is_ended_half_way_goes_on(place, monkeypatch, where):
     (place / NEW).mkdir(parents=True)  # empty, as tmpfiles may have made it
     with monkeypatch.context() as broken:
         target = "chatmail_relay.importing.steps"
-        name = where if where != "serialization" else "write_file"
-        if where == "serialization":
+        if where == "write_file":
             calls = []
 
             def write_and_die(change, original=steps.write_file):
@@ -188,7 +188,7 @@ def test_an_import_that_is_ended_half_way_goes_on(place, monkeypatch, where):
 
             broken.setattr(f"{target}.write_file", write_and_die)
         else:
-            broken.setattr(f"{target}.{name}", _killed)
+            broken.setattr(f"{target}.{where}", _killed)
         with pytest.raises(_Kill):
             run(place, "--yes")
     assert run(place, "--yes") == 0

@@ -239,8 +239,14 @@ class Import:
         config = read_settings(ini, f"[params]\nmail_domain = {self.old.mail_domain}\n")[0]
         store = self.paths.real(config.mailboxes_dir)
         staging = self.paths.real(STAGING)
+        ready = staging / "ready"  # the place was free then
+        taken = store.exists() and any("@" in name for name in os.listdir(store))
+        if ready.exists() and taken:
+            return  # done, but not noted; _apply clears up
         if staging.exists():
             shutil.rmtree(staging)
+        if taken:
+            raise ImportProblem(f"{store}: there are mailboxes already; move it away")
         source = self.old.real(self.old.store)
         if not source.is_dir():
             raise ImportProblem(f"{source}: no mailboxes there")
@@ -252,9 +258,8 @@ class Import:
             raise ImportProblem("; ".join(snapshot.counts.problems))
         give(tree, self.paths)
         os.makedirs(store.parent, 0o755, exist_ok=True)
+        write_file(Change(ready, b"", 0o600))
         if store.exists():
-            if any("@" in name for name in os.listdir(store)):
-                raise ImportProblem(f"{store}: there are mailboxes already; move it away")
             exchange(tree, store)
         else:
             shutil.move(tree, store)
@@ -331,6 +336,7 @@ class Import:
 
     def _apply(self) -> None:
         apply(self.paths, self.version, restart_all=True)
+        shutil.rmtree(self.paths.real(STAGING), ignore_errors=True)
 
 
 def _moved(paths: Sequence[str]) -> list[str]:

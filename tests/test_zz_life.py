@@ -213,7 +213,7 @@ def test_our_daemons_log_into_the_relay_s_namespace_alone(relay):
     """But mtail, which must not read what it says itself, and what runs at boot before that is there."""
     shown = relay.exec("systemctl", "list-unit-files", "--plain", "--no-legend", "*.service").out
     units = [line.split()[0] for line in shown.splitlines()]
-    ours = re.compile(r"(chatmail-(?!(mtail|recover)\.).*|postfix|dovecot)\.service")
+    ours = re.compile(r"(chatmail-(?!(mtail|recover|configure)\.).*|postfix|dovecot)\.service")
     for unit in filter(ours.fullmatch, units):
         instance = unit.replace("@.", "@now.")
         where = relay.exec("systemctl", "show", "-P", "LogNamespace", instance).out

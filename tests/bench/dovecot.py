@@ -32,7 +32,8 @@ HOURS = 4 * 3600
 RACE_CLIENTS = 100  # more than this, and Dovecot on two cores falls behind the clock
 NAP = "1 s"
 
-#: Sessions hibernate after one minute here, idle imap processes end after another, and workers of auth after five.
+#: Sessions hibernate after one minute here, idle imap processes end after another, and workers of auth
+#: after five.
 MEMORY_NAP, MEMORY_LOOKS = "1 min", ("5", "400")
 CLIENT_LIMITS = (100, 10)
 
@@ -144,9 +145,7 @@ def memory(host: Host, numbers: list[int]) -> None:
     for count in numbers or [1000, 10000]:
         for limit in CLIENT_LIMITS:
             processes = -(-count // limit) + 50
-            more = (
-                f"service imap {{\n  client_limit = {limit}\n  process_limit = {processes}\n}}\n"
-            )
+            more = f"service imap {{\n  client_limit = {limit}\n  process_limit = {processes}\n}}\n"
             settings(host, MEMORY_NAP, more)
             host.exec("systemctl", "restart", "dovecot", "chatmail-front")
             words = ("--clients", str(count), "--at-a-time", "30", "--create")

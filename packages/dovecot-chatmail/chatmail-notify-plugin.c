@@ -11,7 +11,9 @@
    - each watching mailbox is in a list of ours, so all sessions of one user in one process are told.
      Dovecot's own watches of one directory share a descriptor, and only the last one is called;
    - a mailbox that stops to be watched while an event is untold makes a new event, which the
-     successor's fresh instance sees.
+     successor's fresh instance sees;
+   - what sessions have left of the heap goes back to the kernel: a process that once held a hundred
+     sessions may go on with one.
 
    Dovecot's own watch, and the stat() every 30 seconds behind it, stay: hibernation takes the list of
    directories from it, and it is what is left where ours cannot be had (see start_watching). */
@@ -26,6 +28,7 @@
 #include "module-context.h"
 
 #include <fcntl.h>
+#include <malloc.h>
 #include <sys/inotify.h>
 #include <unistd.h>
 
@@ -37,6 +40,9 @@
 
 /* See hold_stock_delay(): any time longer than a session. Dovecot wants it to fit an int. */
 #define HOLD_MSECS (24U * 3600 * 1000)
+
+/* By then a wave of hibernations is through; malloc_trim() takes a millisecond or two. */
+#define TRIM_MSECS (5U * 1000)
 
 #define NO_WATCH (-1)
 
@@ -69,7 +75,7 @@ const char *chatmail_notify_plugin_version = DOVECOT_ABI_VERSION;
 /* Of the process. The instance exists while at least one mailbox is watched. */
 static int inotify_fd = -1;
 static struct io *inotify_io;
-static struct timeout *to_tell;
+static struct timeout *to_tell, *to_trim;
 static struct notify_mailbox *watched_mailboxes;
 
 static bool has_watch(const struct notify_mailbox *nbox, int watch)
@@ -84,6 +90,27 @@ static bool is_watch_used(int watch)
 			return TRUE;
 	}
 	return FALSE;
+}
+
+/* A timer of the process: without the context of the session that happens to start it. */
+static struct timeout *add_process_timeout(unsigned int msecs, timeout_callback_t *callback)
+{
+	struct ioloop *ioloop = io_loop_get_root();
+	struct ioloop_context *ctx = io_loop_get_current_context(ioloop);
+	struct timeout *to;
+
+	if (ctx != NULL)
+		io_loop_context_deactivate(ctx);
+	to = timeout_add_short_to(ioloop, msecs, *callback, NULL);
+	if (ctx != NULL)
+		io_loop_context_activate(ctx);
+	return to;
+}
+
+static void give_memory_back(void *context ATTR_UNUSED)
+{
+	timeout_remove(&to_trim);
+	(void)malloc_trim(0);
 }
 
 /* ---- telling ---------------------------------------------------------------------------------- */
@@ -308,16 +335,10 @@ static void stop_watching(struct notify_mailbox *nbox)
 	   another session. */
 	for (const struct notify_mailbox *other = watched_mailboxes; other != NULL; other = other->next)
 		others_pending = others_pending || other->pending;
-	if (others_pending && to_tell == NULL) {
-		struct ioloop *ioloop = io_loop_get_root();
-		struct ioloop_context *ctx = io_loop_get_current_context(ioloop);
-
-		if (ctx != NULL)
-			io_loop_context_deactivate(ctx);
-		to_tell = timeout_add_short_to(ioloop, 0, tell_later, NULL);
-		if (ctx != NULL)
-			io_loop_context_activate(ctx);
-	}
+	if (others_pending && to_tell == NULL)
+		to_tell = add_process_timeout(0, tell_later);
+	if (to_trim == NULL)
+		to_trim = add_process_timeout(TRIM_MSECS, give_memory_back);
 }
 
 /* ---- hooks --------------------------------------------------------------------------------------- */
@@ -373,4 +394,5 @@ void chatmail_notify_plugin_deinit(void)
 	/* all mailboxes are closed by now */
 	mail_storage_hooks_remove(&chatmail_notify_hooks);
 	close_inotify();
+	timeout_remove(&to_trim);
 }

@@ -32,7 +32,8 @@ HOURS = 4 * 3600
 RACE_CLIENTS = 100  # more than this, and Dovecot on two cores falls behind the clock
 NAP = "1 s"
 
-#: Sessions hibernate after one minute here, idle imap processes end after another, and workers of auth after five.
+#: Sessions hibernate after one minute here, idle imap processes end after another, and workers of auth
+#: after five.
 MEMORY_NAP, MEMORY_LOOKS = "1 min", ("5", "400")
 CLIENT_LIMITS = (100, 10)
 

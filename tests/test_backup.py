@@ -162,8 +162,10 @@ def test_a_fresh_machine_goes_on_in_its_place_and_clients_notice_nothing(
     session = mail.imap(sent)
     now = session.status("INBOX", "(UIDVALIDITY UIDNEXT MESSAGES)")[1]
     session.logout()
-    numbers = [re.findall(rb"(\w+) (\d+)", item) for item in (state[0], now[0])]
-    old, new = ({name: int(value) for name, value in pairs} for pairs in numbers)
+    old, new = (
+        {name: int(value) for name, value in re.findall(r"(\w+) (\d+)", item[0].decode())}
+        for item in (state, now)
+    )
     assert (new["UIDVALIDITY"], new["MESSAGES"]) == (old["UIDVALIDITY"], old["MESSAGES"])
     assert new["UIDNEXT"] > old["UIDNEXT"] + 1000
     alice, bob = people

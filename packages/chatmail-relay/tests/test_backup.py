@@ -111,7 +111,7 @@ def test_a_fresh_machine_gets_everything_that_makes_the_relay(relay, fresh, tmp_
     assert database.execute("SELECT x FROM t").fetchall() == [(42,)]
     database.close()
     left = {path.name for path in (fresh.root / "var/lib/chatmail").iterdir()}
-    assert left == {"acme", "doveauth", "keys", "mail", "state", "tls"} - {"acme"}
+    assert left == {"doveauth", "format", "keys", "mail", "state", "tls"}
 
 
 def test_folders_keep_their_uidvalidity_and_go_on_with_uids_nobody_has_seen(relay, fresh, tmp_path):
@@ -281,6 +281,7 @@ def test_mailboxes_that_are_there_are_replaced_only_if_asked(relay, tmp_path, ca
         ("none", "no backup there"),
         ("manifest", "no backup there"),
         ("format", "newer chatmail-relay"),
+        ("state", "has format 99"),
         ("settings", "unknown way"),
     ],
 )
@@ -296,6 +297,8 @@ def test_a_backup_that_cannot_be_restored_changes_nothing(
             manifest.unlink()
         elif damage == "format":
             manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+        elif damage == "state":
+            (target / name / "var/lib/chatmail/format").write_text("99 9.9\n")
         else:
             with (target / name / "etc/chatmail/chatmail.ini").open("a") as file:
                 file.write("tls = magic\n")

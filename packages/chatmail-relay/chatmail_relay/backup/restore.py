@@ -31,6 +31,7 @@ from pathlib import Path
 
 from chatmaild.config import read_settings
 
+from .. import stateformat
 from ..apply import apply, lock
 from ..component import load_components
 from ..paths import Paths
@@ -73,7 +74,7 @@ def mark(paths: Paths) -> Path:
 def restore(
     paths: Paths, source: Storage, name: str, version: str, *, replace: bool = False
 ) -> Restored:
-    """Restore the backup *name* of *source*. Raises BackupError, and what apply raises."""
+    """Restore the backup *name* of *source*. Raises BackupError, StateError, and what apply raises."""
     staging = paths.real(STAGING)
     if staging.exists() and mark(paths).exists():
         os.rename(staging, _aside(paths))  # perhaps with the mail store that was in force
@@ -82,6 +83,7 @@ def restore(
     os.makedirs(staging.parent, 0o755, exist_ok=True)
     source.fetch(name, staging)
     manifest = read_manifest(staging)
+    stateformat.check(Paths(staging), version)
     ini = staging / "etc/chatmail/chatmail.ini"
     config, _warnings = read_settings(ini)
     store = paths.real(config.mailboxes_dir)

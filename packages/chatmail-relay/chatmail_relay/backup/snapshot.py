@@ -47,7 +47,7 @@ TREES = (
     "/var/lib/acme",
     "/var/lib/private/chatmail-echobot",
 )
-FILES = ("/etc/chatmail-nocreate", SELF_SIGNED_CERT, SELF_SIGNED_KEY)
+FILES = ("/etc/chatmail-nocreate", "/var/lib/chatmail/format", SELF_SIGNED_CERT, SELF_SIGNED_KEY)
 MESSAGE_FOLDERS = ("new", "cur")
 #: Files of mailboxes that are made anew, or are of no use to anybody later.
 LEFT_OUT = (

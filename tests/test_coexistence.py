@@ -29,6 +29,17 @@ GET = (
 )
 
 
+def well(host):
+    """Until the relay says so."""
+
+    def status():
+        done = host.exec("chatmail-relay", "status", check=False)
+        assert done.ok, done.out
+        return True
+
+    wait_for(status, 60, "status")
+
+
 class Machine:
     def __init__(self, host):
         self.host = host
@@ -91,7 +102,7 @@ def installed(machine):
 
 def test_the_relay_works_beside_the_others(installed, lab):
     host = installed.host
-    wait_for(lambda: host.exec("chatmail-relay", "status", check=False).ok, 60, "status")
+    well(host)
     host.exec("chatmail-relay", "set", "max_load_1m=1000")
     host.exec("chatmail-relay", "apply", timeout=120)
     via = Mail(lab, host.address, DOMAIN)
@@ -131,7 +142,7 @@ def test_installed_again_it_is_the_same_relay(installed):
     host = installed.host
     installed.site("")
     host.sh("apt-get install -q --yes --no-install-recommends chatmail-relay", timeout=120)
-    wait_for(lambda: host.exec("chatmail-relay", "status", check=False).ok, 60, "status")
+    well(host)
     assert host.exec("chatmail-relay", "get", "mail_domain").out == f"{DOMAIN}\n"
 
 

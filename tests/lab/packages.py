@@ -73,8 +73,13 @@ class Repository:
     def __init__(self, host: Host, name: str, *, origin: str, label: str, suite: str) -> None:
         self.host, self.name = host, name
         self._release = _RELEASE.format(origin=origin, label=label, suite=suite)
-        self._sources = f"/etc/apt/sources.list.d/{name}.sources"
-        host.write(self._sources, _SOURCES.format(name=name))
+        sources = f"/etc/apt/sources.list.d/{name}.sources"
+        host.write(sources, _SOURCES.format(name=name))
+        #: For apt-get: nothing but this; it need not read Debian's lists, which takes seconds.
+        self.only = (
+            *("-o", f"Dir::Etc::sourcelist={sources}", "-o", "Dir::Etc::sourceparts=-"),
+            *("-o", "APT::Get::List-Cleanup=0"),
+        )
 
     def offer(self, debs: Iterable[Path]) -> None:
         """Let apt know of these packages instead of those before."""
@@ -84,12 +89,11 @@ class Repository:
         for deb in debs:
             shutil.copyfile(deb, folder / deb.name)
         (folder / "release.head").write_text(self._release)
-        only = f"-o Dir::Etc::sourcelist={self._sources} -o Dir::Etc::sourceparts=-"
         self.host.sh(
             f"cd /srv/{self.name}; apt-ftparchive packages . >Packages;"
             " apt-ftparchive release . >release.tail;"
             " cat release.head release.tail >Release; rm release.*;"
-            f" apt-get update -qq {only} -o APT::Get::List-Cleanup=0"
+            f" apt-get update -qq {' '.join(self.only)}"
         )
 
 

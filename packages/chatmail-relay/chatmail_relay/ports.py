@@ -58,7 +58,7 @@ def foreign_listeners(components: list[Component]) -> list[str]:
         item = wanted[listener.port]
         if listener.unit == item.unit or (listener.unit in ours and not item.exclusive):
             continue
-        if not _collides(item.address, listener.address):
+        if not collides(item.address, listener.address):
             continue
         problems.add(
             f"port {item.port} ({item.what}) is in use by {listener.unit or listener.process}: "
@@ -67,7 +67,7 @@ def foreign_listeners(components: list[Component]) -> list[str]:
     return sorted(problems)
 
 
-def _collides(wanted: str, held: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+def collides(wanted: str, held: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     """Whether binding *wanted* fails while *held* is bound: a wildcard collides with everything."""
     return wanted == "*" or held.is_unspecified or str(held) == wanted
 

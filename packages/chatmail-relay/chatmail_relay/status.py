@@ -21,7 +21,7 @@ from .component import Component, load_components
 from .errors import CertificateError, RenderError
 from .ledger import load_ledger
 from .paths import Paths
-from .ports import listeners
+from .ports import collides, listeners
 from .postfix import PostfixError
 from .render import overrides
 
@@ -179,9 +179,12 @@ def _sockets(services: dict[str, str]) -> Iterator[Finding]:
 def _ports(components: list[Component]) -> Iterator[Finding]:
     wanted = [item for component in components for item in component.listen]
     ports = {(item.protocol, item.port) for item in wanted}
-    held = {listener.port: listener for listener in listeners(ports)}
+    held = listeners(ports)
     for item in wanted:
-        listener = held.get((item.protocol, item.port))
+        port = (item.protocol, item.port)
+        # somebody else may have the port at another address, as systemd-resolved has 127.0.0.53:53
+        there = [x for x in held if x.port == port and collides(item.address, x.address)]
+        listener = next((x for x in there if x.unit == item.unit), there[0] if there else None)
         well = listener is not None and listener.unit == item.unit
         detail = "nobody listens" if listener is None else f"{listener.unit or listener.process}"
         yield Finding(

@@ -5,11 +5,13 @@ import os
 import socket
 import subprocess
 import sys
+from ipaddress import ip_address
+from types import SimpleNamespace
 
 import pytest
-from chatmail_relay import systemd
-from chatmail_relay.component import ComponentError, load_component
-from chatmail_relay.ports import foreign_listeners, listeners
+from chatmail_relay import status, systemd
+from chatmail_relay.component import ComponentError, Listen, load_component
+from chatmail_relay.ports import Listener, foreign_listeners, listeners
 
 TOML = """
 name = "toy"
@@ -92,3 +94,13 @@ def test_a_unit_that_runs_a_replaced_program_is_outdated(tmp_path, monkeypatch):
         (tmp_path / "old").unlink()
         assert systemd.outdated(units) == ["toy.service", "behind.service"]
         process.stdin.close()
+
+
+def test_status_looks_at_the_address_that_is_ours(monkeypatch):
+    ours = Listener(("tcp", 53), ip_address("127.0.0.1"), "unbound.service", "unbound")
+    other = Listener(("tcp", 53), ip_address("127.0.0.53"), "systemd-resolved.service", "resolved")
+    listen = Listen(53, "tcp", "127.0.0.1", "DNS for the relay", "unbound.service", False)
+    component = SimpleNamespace(listen=[listen])
+    for held, well in (([ours, other], True), ([other, ours], True), ([other], False)):
+        monkeypatch.setattr(status, "listeners", lambda ports, held=held: held)
+        assert [finding.well for finding in status._ports([component])] == [well]

@@ -37,6 +37,7 @@ RELAY_UNITS = (
 TOGETHER = {
     "internet": ("test_acme", "test_federation", "test_inet", "test_tls"),
     "ip_relay": ("test_ip_relay", "test_selftest"),
+    "releases": ("test_release", "test_upgrade"),
 }
 
 _counts: dict[str, int] = {}

@@ -2,6 +2,7 @@
 """Fixtures of all tests on booted containers, and what they measured."""
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,6 +45,12 @@ _counts: dict[str, int] = {}
 _largest: dict[str, tuple[float, float]] = {}  # (PSS, RSS) in MiB by unit
 measured: dict[str, str] = {}
 _relays: list[Host] = []  # the one of the session, once it runs
+
+
+def keep(what: str, text: str) -> None:
+    """Keep what a tool said of this run, in build/log."""
+    paths.LOGS.mkdir(parents=True, exist_ok=True)
+    (paths.LOGS / f"{re.sub('[^a-z0-9]+', '-', what)}.txt").write_text(text)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@
 import re
 
 import pytest
-from conftest import measured
+from conftest import keep, measured
 from lab import image
 
 TOOLS = ("adequate", "autopkgtest", "dpkg-dev")
@@ -43,6 +43,7 @@ def test_all_scenarios_pass(host):
     for path in (source / "tests").iterdir():
         host.write(f"/root/source/debian/tests/{path.name}", path.read_text(), 0o755)
     results, done = autopkgtest(host)
+    keep("autopkgtest", done.out + done.err)
     assert results == dict.fromkeys(SCENARIOS, "PASS"), done.out[-3000:] + done.err[-1000:]
     measured["autopkgtest"] = f"{len(results)} scenarios in {done.seconds:.0f} s"
 

@@ -6,14 +6,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import measured
+from chatmail_build import paths
+from conftest import keep, measured
 from lab import image
 from lab.image import sandbox, trees
 
 #: What it is installed from: packages that the lab has downloaded, and our repository.
 SOURCES = """\
 deb [trusted=yes] file:/srv/debs ./
-deb [signed-by=/srv/repo/{key}] file:/srv/repo trixie main
+deb [signed-by=/srv/repo/{key}] file:/srv/repo {suite} main
 """
 SETUP = """
 mkdir /tmp/chroot /tmp/over
@@ -25,7 +26,7 @@ cp -r /srv/archives /srv/debs
 (cd /srv/debs && apt-ftparchive packages . >Packages)
 rm -rf /tmp/chroot/etc/apt/sources.list.d/* /tmp/chroot/var/lib/apt/lists/*
 cat >/tmp/chroot/etc/apt/sources.list
-exec piuparts --existing-chroot=/tmp/chroot --keep-sources-list --apt --no-upgrade-test \\
+exec piuparts --existing-chroot=/tmp/chroot --keep-sources-list \\
     --bindmount=/srv/debs --bindmount=/srv/repo --scriptsdir=/srv/hooks --log-level=info "$@"
 """
 #: Left by dovecot-core on its own as well: its purge wants ucf, which is purged before it.
@@ -42,10 +43,15 @@ CONFIGURED = """\
 #!/bin/sh
 grep -q piuparts.example /etc/chatmail/dovecot/dovecot.conf
 """
+INSTALL = ("--apt", "--no-upgrade-test")
+#: Each package as a file: what apt knows is installed first, then these.
+UPGRADE = ("--no-install-purge-test",)
 OPTIONAL = ("chatmail-echobot", "chatmail-mtail-conf", "chatmail-opendkim-conf")
 
 
-def piuparts(folder: Path, hooks: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+def piuparts(
+    folder: Path, hooks: dict[str, str], *words: str, repo: Path = image.REPO, suite: str = "trixie"
+) -> subprocess.CompletedProcess[str]:
     """Its report, with each of *hooks* run inside as the part of the name before "_" says."""
     for name, text in hooks.items():
         (folder / name).write_text(text)
@@ -55,7 +61,8 @@ def piuparts(folder: Path, hooks: dict[str, str], *words: str) -> subprocess.Com
         binds = [
             sandbox.Bind(str(host), "/srv/base"),
             sandbox.Bind(str(image.ARCHIVES), "/srv/archives"),
-            sandbox.Bind(str(image.REPO), image.INSIDE_REPO),
+            sandbox.Bind(str(repo), image.INSIDE_REPO),
+            sandbox.Bind(str(paths.DEBS), "/srv/new"),
             sandbox.Bind(str(folder), "/srv/hooks"),
         ]
         return sandbox.run(
@@ -63,7 +70,7 @@ def piuparts(folder: Path, hooks: dict[str, str], *words: str) -> subprocess.Com
             ["sh", "-euc", SETUP, "sh", *words],
             binds=binds,
             check=False,
-            input=SOURCES.format(key=image.KEYRING_NAME),
+            input=SOURCES.format(key=image.KEYRING_NAME, suite=suite),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -92,7 +99,13 @@ def failures(report: str) -> str:
     ],
 )
 def test_packages_come_and_go_without_trace(tmp_path, name, hooks, words):
-    done = piuparts(tmp_path, hooks, NOT_OURS, *words)
+    done = piuparts(tmp_path, hooks, *INSTALL, NOT_OURS, *words)
+    well(name, done)
+
+
+def well(name: str, done: subprocess.CompletedProcess[str]) -> None:
+    """It passed; its report is kept."""
+    keep(f"piuparts, {name}", done.stdout)
     assert done.returncode == 0, failures(done.stdout)
     assert "PASS: All tests" in done.stdout
     seconds = re.findall(r"^(\d+)m([\d.]+)s", done.stdout, re.MULTILINE)[-1]
@@ -101,7 +114,25 @@ def test_packages_come_and_go_without_trace(tmp_path, name, hooks, words):
     )
 
 
+def test_an_upgrade_from_the_last_release_leaves_no_trace(tmp_path, releases):
+    hooks = {"pre_install_answers": ANSWERS, "post_install_configured": CONFIGURED}
+    names = [f"/srv/new/{deb.name}" for deb in paths.DEBS.glob("*.deb") if is_of_the_relay(deb)]
+    done = piuparts(
+        *(tmp_path, hooks, *UPGRADE, NOT_OURS, *names),
+        repo=releases.public,
+        suite=f"trixie/snapshots/{releases.previous}",
+    )
+    well("upgrade from the last release", done)
+    for version in (releases.previous, releases.current):
+        assert f"Setting up chatmail-relay ({version})" in done.stdout, done.stdout
+
+
+def is_of_the_relay(deb: Path) -> bool:
+    name = deb.name.split("_")[0]
+    return name not in OPTIONAL and not name.startswith(("chatmail-archive", "chatmail-apt"))
+
+
 def test_a_package_that_leaves_a_file_is_found_out(tmp_path):
     careless = "#!/bin/sh\nmkdir -p /var/lib/careless && touch /var/lib/careless/file\n"
-    done = piuparts(tmp_path, {"post_install_careless": careless}, "chatmail-archive-keyring")
+    done = piuparts(tmp_path, {"post_install_careless": careless}, *INSTALL, "chatmail-archive-keyring")
     assert done.returncode == 1 and "/var/lib/careless/file" in failures(done.stdout)

@@ -281,8 +281,9 @@ def log(top):
 def clone(tmp_path, monkeypatch):
     """A repository of git with nothing but what has a version."""
     top = tmp_path / "clone"
-    for name, text in ((release.CHANGELOG, FIRST), (release.PYPROJECT, 'version = "0"\n')):
-        (top / name).parent.mkdir(parents=True)
+    texts = {release.CHANGELOG: FIRST, release.PYPROJECT: 'version = "0"\n', release.NEWS: FIRST}
+    for name, text in texts.items():
+        (top / name).parent.mkdir(parents=True, exist_ok=True)
         (top / name).write_text(text)
     for who in ("AUTHOR", "COMMITTER"):
         monkeypatch.setenv(f"GIT_{who}_NAME", "somebody")
@@ -306,15 +307,18 @@ def test_a_release_is_one_commit_with_a_changelog_of_the_commits_before(clone, p
     first = (clone / "debian/changelog").read_text()
     assert log(clone)[:2] == ["Begin 0.2.0", "Release 0.1.0"]
     assert first.startswith("chatmail-relay (0.2.0~dev) trixie;")
+    news = (clone / release.NEWS).read_text()
+    assert news.startswith("chatmail-relay (0.1.0) trixie;") and "In development" in news
     assert "\n  * settings in one file\n  * a subject so long" in first
     assert "Tue, 24 Nov 2026 00:00:00" not in first
     dates = re.findall(r"^ -- .*>  (.*)", first, re.MULTILINE)
-    assert len(dates) == 2 and all(date.endswith(" +0000") for date in dates)
+    assert len(dates) == 2 and news.endswith(f"  {dates[1]}\n") and all(date.endswith(" +0000") for date in dates)
     assert max(map(len, first.splitlines())) < 81
     commit(clone, "another filter")
     told = release.release(RELEASES_URI, "0.2.1", top=clone)
     assert built == ["0.1.0", "0.2.1"]
     assert [item["version"] for item in told["releases"]] == ["0.2.1", "0.1.0"]
+    assert (clone / release.NEWS).read_text() == news  # nothing was said of this one
     entry = (clone / "debian/changelog").read_text().split("chatmail-relay (0.2.1)")[1]
     assert re.findall(r"^  \* .*", entry.split(" -- ")[0], re.MULTILINE) == ["  * another filter"]
     assert run(["git", "-C", clone, "tag"]).out.split() == ["v0.1.0", "v0.2.1"]
@@ -328,7 +332,8 @@ def test_a_release_is_one_commit_with_a_changelog_of_the_commits_before(clone, p
 
 def test_without_a_good_build_nothing_is_changed(clone, tmp_path, monkeypatch):
     def content():
-        return [(clone / name).read_text() for name in (release.CHANGELOG, release.PYPROJECT)]
+        names = (release.CHANGELOG, release.PYPROJECT, release.NEWS)
+        return [(clone / name).read_text() for name in names]
 
     def build_all(uri):
         raise debs.BuildError("a test failed")

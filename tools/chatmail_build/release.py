@@ -34,6 +34,8 @@ DEV = "~dev"
 KEEP = 5
 
 CHANGELOG = "debian/changelog"
+#: What admins are told when they upgrade; its first entry may be of the version in work.
+NEWS = "debian/chatmail-relay.NEWS"
 #: The version of the wheel; that of a release.
 PYPROJECT = "packages/chatmaild/pyproject.toml"
 _PLACEHOLDER = "  * In development.\n"
@@ -221,12 +223,12 @@ def release(uri: str, version: str = "", top: Path = ROOT) -> dict[str, Any]:
     """Prepare the changelog, build, publish, commit, tag, and begin the work on the next version.
 
     *version*: the one that the changelog works towards, if not given. Until everything is built and
-    checked, only two files have changed, and they are put back if something goes wrong.
+    checked, only three files have changed, and they are put back if something goes wrong.
     """
     if _git(top, "status", "--porcelain"):
         raise ReleaseError(f"{top}: has changes that are not committed; commit them first")
-    path, project = top / CHANGELOG, top / PYPROJECT
-    before = {item: item.read_text() for item in (path, project)}
+    path, project, news = top / CHANGELOG, top / PYPROJECT, top / NEWS
+    before = {item: item.read_text() for item in (path, project, news)}
     current = debs.Changelog.read(top)
     version = version or current.version.removesuffix(DEV)
     if not current.version.endswith(DEV):
@@ -234,6 +236,7 @@ def release(uri: str, version: str = "", top: Path = ROOT) -> dict[str, Any]:
     if not is_newer(version, current.version):
         raise ReleaseError(f"{path}: {version} is not newer than {current.version}")
     path.write_text(finished(top, before[path], version))
+    news.write_text(told_in(before[news], path.read_text(), current.version))
     project.write_text(re.sub('(?m)^version = ".*"', f'version = "{version}"', before[project]))
     try:
         told = publish(folder(), repository.build_all(uri), version, uri)
@@ -241,7 +244,7 @@ def release(uri: str, version: str = "", top: Path = ROOT) -> dict[str, Any]:
         for item, text in before.items():
             item.write_text(text)
         raise
-    _commit(top, f"Release {version}", CHANGELOG, PYPROJECT)
+    _commit(top, f"Release {version}", CHANGELOG, PYPROJECT, NEWS)
     _git(top, "tag", "--annotate", "--message", f"Release {version}", f"v{version}")
     path.write_text(begun(path.read_text(), version))
     _commit(top, f"Begin {_next(version)}", CHANGELOG)
@@ -270,6 +273,15 @@ def finished(top: Path, changelog: str, version: str, now: float | None = None) 
     date = _date(time.time() if now is None else now)
     head = f"{source} ({version}) {rest}\n\n{changes.rstrip()}\n\n{author}  {date}\n"
     return head + changelog[match.end() :]
+
+
+def told_in(news: str, changelog: str, working: str) -> str:
+    """The NEWS file, with an entry for the version *working* as one for the release of *changelog*."""
+    entry = re.compile(r"(\S+ \()(\S+)(\) .*? -- .*?>  )(.*?)(?=\n)", re.DOTALL)
+    first, made = entry.match(news), entry.match(changelog)
+    if not first or not made or first[2] != working:
+        return news
+    return f"{first[1]}{made[2]}{first[3]}{made[4]}{news[first.end() :]}"
 
 
 def begun(changelog: str, released: str) -> str:

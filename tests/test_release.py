@@ -312,7 +312,11 @@ def test_a_release_is_one_commit_with_a_changelog_of_the_commits_before(clone, p
     assert "\n  * settings in one file\n  * a subject so long" in first
     assert "Tue, 24 Nov 2026 00:00:00" not in first
     dates = re.findall(r"^ -- .*>  (.*)", first, re.MULTILINE)
-    assert len(dates) == 2 and news.endswith(f"  {dates[1]}\n") and all(date.endswith(" +0000") for date in dates)
+    assert (
+        len(dates) == 2
+        and news.endswith(f"  {dates[1]}\n")
+        and all(date.endswith(" +0000") for date in dates)
+    )
     assert max(map(len, first.splitlines())) < 81
     commit(clone, "another filter")
     told = release.release(RELEASES_URI, "0.2.1", top=clone)

@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""A machine that already does other things: a web site, local mail by exim, rsyslog, systemd-resolved."""
+"""A machine that already does other things: a web site, local mail by exim, rsyslog, firewalls, resolvers."""
 
 import re
+import socket
+import textwrap
 
 import pytest
+from chatmail_build import paths
 from lab import image
 from lab.mail import Mail
 from lab.messages import encrypted
+from lab.network import inside
 from lab.shell import CommandFailed, wait_for
 
 DOMAIN = "_kept.example"
 OTHERS = ("exim4-daemon-light", "nginx", "rsyslog", "systemd-resolved", "bsd-mailx")
+#: Not from the beginning: firewalls, and what takes the place of systemd-resolved.
+LATER = ("nftables", "ufw", "resolvconf")
 #: A site of the administrator's; at first it has 443 as well.
 SITE = """\
 server {
@@ -66,6 +72,8 @@ class Machine:
 @pytest.fixture(scope="module")
 def machine(lab):
     image.download(lab.tree, *OTHERS, relay=False)
+    for package in LATER:
+        image.download(lab.tree, package, relay=False)
     host = lab.host("kept", 14, names=(DOMAIN, f"www.{DOMAIN}"))
     host.sh(
         f"apt-get install -qq --yes --no-install-recommends {' '.join(OTHERS)} openssl >/dev/null"
@@ -119,6 +127,66 @@ def test_the_relay_works_beside_the_others(installed, lab):
     assert logged.out == "" and host.exec("test", "-s", "/var/log/syslog").ok
 
 
+def advice(begin):
+    """A block of commands or rules from the page for operators, found by how it begins."""
+    page = (paths.ROOT / "docs/install.md").read_text()
+    blocks = re.findall(r"(?m)(?:^    .*\n)+", page)
+    (found,) = [text for text in map(textwrap.dedent, blocks) if text.startswith(begin)]
+    return found
+
+
+def everything_goes_through(lab, host):
+    """All ports of a client, and a message; what is nobody's business stays closed."""
+    via = Mail(lab, host.address, DOMAIN)
+    alice, bob = via.account(), via.account()
+    for port in (143, 443):
+        via.imap(alice, port).logout()
+    for port in (465, 587, 443):
+        via.smtp(alice, port).quit()
+    via.smtp(None, 25).quit()
+    with via.smtp(alice) as session:
+        text = encrypted(alice.address, bob.address)
+        assert via.send(session, alice.address, [bob.address], text)[0] == 250
+    wait_for(lambda: via.received(bob), 20, "the message")
+    with lab.at_client(), socket.create_connection((host.address, 80), 5):
+        pass
+    assert not reaches(lab, host, 4000)
+
+
+def reaches(lab, host, port):
+    """Whether a client can connect to what listens there."""
+    with inside(host.namespace), socket.create_server(("0.0.0.0", port)), lab.at_client():
+        try:
+            socket.create_connection((host.address, port), 1).close()
+        except OSError:
+            return False
+    return True
+
+
+def test_behind_nftables_as_the_page_says(installed, lab):
+    host = installed.host
+    assert reaches(lab, host, 4000)
+    host.sh("apt-get install -qq --yes --no-install-recommends nftables >/dev/null", timeout=120)
+    host.write("/etc/nftables.conf", advice("table inet firewall"))
+    host.exec("systemctl", "start", "nftables")
+    try:
+        everything_goes_through(lab, host)
+        well(host)
+    finally:
+        host.exec("systemctl", "stop", "nftables")
+
+
+def test_behind_ufw_as_the_page_says(installed, lab):
+    host = installed.host
+    host.sh("apt-get install -qq --yes --no-install-recommends ufw >/dev/null", timeout=120)
+    host.sh(advice("ufw allow").replace("ufw enable", "ufw --force enable"))
+    try:
+        everything_goes_through(lab, host)
+        well(host)
+    finally:
+        host.exec("ufw", "--force", "disable")
+
+
 def test_after_the_removal_the_others_are_as_before_and_mail_and_keys_are_kept(installed):
     host = installed.host
     done = host.sh("apt-get remove -q --yes 'chatmail-*' python3-chatmaild", timeout=120)
@@ -144,6 +212,21 @@ def test_installed_again_it_is_the_same_relay(installed):
     host.sh("apt-get install -q --yes --no-install-recommends chatmail-relay", timeout=120)
     well(host)
     assert host.exec("chatmail-relay", "get", "mail_domain").out == f"{DOMAIN}\n"
+
+
+def test_resolvconf_in_the_place_of_systemd_resolved(installed, lab):
+    host = installed.host
+    host.sh("apt-get install -qq --yes --no-install-recommends resolvconf >/dev/null", timeout=120)
+    assert not host.exec("test", "-e", "/usr/lib/systemd/systemd-resolved", check=False).ok
+    host.exec("chatmail-relay", "apply", timeout=120)
+    host.exec("systemctl", "restart", "postfix", "unbound")
+    well(host)
+    via = Mail(lab, host.address, DOMAIN)
+    alice = via.account()
+    with via.smtp(alice) as session:
+        text = encrypted(alice.address, alice.address)
+        assert via.send(session, alice.address, [alice.address], text)[0] == 250
+    wait_for(lambda: via.received(alice), 20, "the message")
 
 
 def test_purged_after_the_daemons_it_leaves_nothing_either(installed):

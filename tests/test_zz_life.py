@@ -336,6 +336,11 @@ def test_purge_of_everything_leaves_nothing_of_ours(lab):
         before = host.files(*everything)
         installed = set(host.sh(packages).out.split())
         host.install_relay("_gone.example")
+        host.exec("chatmail-relay", "set", "mailboxes_dir=/srv/mailboxes", "max_load_1m=1000")
+        host.exec("chatmail-relay", "apply", timeout=120)
+        account = Mail(lab, host.address, "_gone.example").account()
+        assert host.exec("test", "-d", f"/srv/mailboxes/{account.address}").ok
+        host.write("/srv/mailboxes/notes", "of the administrator's\n")
         host.exec(
             "debconf-set-selections",
             input="chatmail-relay chatmail-relay/purge_mail boolean true\n",
@@ -368,5 +373,6 @@ def test_purge_of_everything_leaves_nothing_of_ours(lab):
         units = host.exec("systemctl", "list-units", "--all", "--plain", "chatmail*").out
         assert "0 loaded units listed" in units
         assert not host.exec("test", "-e", "/var/lib/chatmail", check=False).ok
+        assert host.exec("ls", "-A", "/srv/mailboxes").out == "notes\n"
     finally:
         lab.remove(host)

@@ -131,7 +131,7 @@ def test_a_name_that_points_to_another_machine_is_told_and_the_authority_not_ask
     found = relay.look()
     assert relay.internet.host.address in found["detail"] and not found["well"]
     relay.internet.unset(DOMAIN, "A")
-    asked = relay.internet.host.journal("", "-u", "pebble", f"--since=@{began:.0f}")
+    asked = relay.internet.host.journal("", "-u", "pebble", f"--since=@{began:.6f}")
     assert NEW_ORDER not in asked and "order" not in asked.lower()
 
 
@@ -155,7 +155,7 @@ def test_the_timer_finds_the_dns_right_and_the_certificate_goes_live_under_open_
     for session in sessions:
         assert session.noop()[0] == "OK"
         session.logout()
-    said = relay.host.journal("chatmail", "-u", UNIT.format("*"), f"--since=@{began:.0f}")
+    said = relay.host.journal("chatmail", "-u", UNIT.format("*"), f"--since=@{began:.6f}")
     assert "terms of service, which you agreed to: data:text/plain,Do%20what" in said
     assert relay.findings()["certificate"]["well"]
     done = relay.host.exec("chatmail-relay", "status", check=False)

@@ -68,6 +68,8 @@ _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")
 _FIRST_LABEL = re.compile(r"_?[a-z0-9]([a-z0-9-]{0,60}[a-z0-9])?\Z")
 _LOCALPART = re.compile(r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}\Z")
 _PATH = re.compile(r"/[A-Za-z0-9@_./\[\]:+-]*\Z")
+#: ProtectHome= and ProtectSystem= of the units
+_UNSEEN = ("/home/", "/root/", "/run/", "/usr/", "/etc/", "/boot/")
 _SIZE = re.compile(r"([0-9]+)\s*([GM]?)B?\Z", re.IGNORECASE)
 _MEGABYTE = 1024 * 1024
 
@@ -195,6 +197,16 @@ def _path(text: str) -> str:
             "not a plain absolute path", "Write a path that starts with / and has no spaces"
         )
     return os.path.normpath(text)
+
+
+def _mailboxes_dir(text: str) -> str:
+    path = _path(text)
+    if path.replace("//", "/").startswith(_UNSEEN):
+        raise _Invalid(
+            "a place that the services do not see or may not write to",
+            "Choose one such as /srv/mail, or mount the disk on /var/lib/chatmail/mail",
+        )
+    return path
 
 
 def _cert_and_key(text: str) -> tuple[str, str] | None:
@@ -490,7 +502,10 @@ class Config:
     )
     imap_compress: bool = _setting(_boolean, "false", "Offer IMAP COMPRESS.")
     mailboxes_dir: str = _setting(
-        _path, None, "Directory of the mailboxes. If unset: /var/lib/chatmail/mail/DOMAIN."
+        _mailboxes_dir,
+        None,
+        "Directory of the mailboxes. If unset: /var/lib/chatmail/mail/DOMAIN. It is made if it is not "
+        "there; mailboxes that exist are not moved.",
     )
 
     @property

@@ -3,8 +3,8 @@
 
 usage: clients.py storm|smtp|loris|flood|steady [options]
 
-Runs on the relay itself or at the lab's client. Addresses of clients on the relay are those of loopback,
-127.0.0.N, because some limits are for one address.
+Runs on the relay itself, or at the lab's client. On the relay clients have addresses 10.78.0.N, which the
+tests give to lo: some limits are for one address, and Postfix has none for those of loopback.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import idle
 ENCRYPTED = base64.b64encode(bytes([0xC1, 3]) + b"abc" + bytes([0xD2, 40]) + bytes(40)).decode()
 PAUSE = 0.2  # seconds between two tries to connect
 LOST_SECONDS = 30
+SOURCES = "10.78.0"  # the first three numbers of the addresses of clients on the relay
 TLS_PORTS = (465, 993, 443)
 ALPN = {443: ["h2"]}
 PORTS = (25, 465, 587, 143, 993, 443, 80)
@@ -110,7 +111,7 @@ class Smtp:
 
 def source(number: int, each: int) -> str:
     """The loopback address of a client when *each* address has so many."""
-    return f"127.0.1.{1 + number // each}"
+    return f"{SOURCES}.{1 + number // each}"
 
 
 async def storm(args: argparse.Namespace) -> dict[str, object]:
@@ -176,7 +177,7 @@ async def smtp(args: argparse.Namespace) -> dict[str, object]:
     """args.clients sessions logged in at the same time, then a message from each."""
     idle.create(args)
     addresses = idle.addresses(args)
-    sessions = [Smtp("127.0.0.1", 465, source(n, args.each)) for n in range(args.clients)]
+    sessions = [Smtp(args.host, 465, source(n, args.each)) for n in range(args.clients)]
     gate = asyncio.Semaphore(args.at_a_time)
     errors: list[str] = []
 

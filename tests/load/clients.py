@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Clients by the thousand, for the load tests; prints JSON. Only Python's own library, beside idle.py.
 
-usage: clients.py storm|smtp|loris|flood|steady [options]
+usage: clients.py create|storm|smtp|loris|flood|steady [options]
 
 Runs on the relay itself, or at the lab's client. On the relay clients have addresses 10.78.0.N, which the
 tests give to lo: some limits are for one address, and Postfix has none for those of loopback.
@@ -114,6 +114,12 @@ def source(number: int, each: int) -> str:
     return f"{SOURCES}.{1 + number // each}"
 
 
+async def create(args: argparse.Namespace) -> dict[str, object]:
+    """Mailboxes for all clients."""
+    idle.create(args)
+    return {"mailboxes": args.clients}
+
+
 async def storm(args: argparse.Namespace) -> dict[str, object]:
     """All idle, Dovecot restarts, all come back at once; how long until the last one idles again."""
     idle.create(args)
@@ -137,7 +143,7 @@ async def storm(args: argparse.Namespace) -> dict[str, object]:
                 # a server that has gone, or is not there yet, refuses nobody; a reply does
                 if "ended the session" not in str(error):
                     refused.append(str(error))
-            except (OSError, asyncio.TimeoutError):
+            except (TimeoutError, OSError):
                 pass
             else:
                 took.append(time.perf_counter() - begin)
@@ -185,7 +191,7 @@ async def smtp(args: argparse.Namespace) -> dict[str, object]:
         async with gate:
             try:
                 await what
-            except (Refused, OSError, asyncio.TimeoutError) as error:
+            except (TimeoutError, Refused, OSError) as error:
                 errors.append(f"{type(error).__name__}: {error}")
 
     async def enter(session: Smtp, address: str) -> None:
@@ -327,7 +333,7 @@ async def flood(args: argparse.Namespace) -> dict[str, object]:
                     await session.send("a@junk.example", address, text)
             except Refused as error:
                 refused[str(error)[:40]] += 1
-            except (OSError, asyncio.TimeoutError, ssl.SSLError) as error:
+            except (TimeoutError, OSError, ssl.SSLError) as error:
                 refused[type(error).__name__] += 1
             session.close()
 
@@ -385,7 +391,9 @@ async def steady(args: argparse.Namespace) -> dict[str, object]:
                 if session is not None:
                     session.close()
                 return
-            which = random.choice([n for n in random.sample(range(len(clients)), 50) if n not in busy])
+            which = random.choice(
+                [n for n in random.sample(range(len(clients)), 50) if n not in busy]
+            )
             busy.add(which)
             client = clients[which]
             try:
@@ -398,7 +406,7 @@ async def steady(args: argparse.Namespace) -> dict[str, object]:
                 await session.send(address, client.address, message(address, client.address))
                 sent += 1
                 arrived(told, which, time.perf_counter())
-            except (Refused, OSError, asyncio.TimeoutError) as error:
+            except (TimeoutError, Refused, OSError) as error:
                 errors.append(f"{type(error).__name__}: {error}")
                 busy.discard(which)
                 session = None
@@ -453,7 +461,7 @@ def main() -> None:
     """Do as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
     functions: dict[str, Callable[[argparse.Namespace], Awaitable[dict[str, object]]]] = {
-        function.__name__: function for function in (storm, smtp, loris, flood, steady)
+        function.__name__: function for function in (create, storm, smtp, loris, flood, steady)
     }
     parser.add_argument("what", choices=list(functions))
     parser.add_argument("--domain", required=True)

@@ -30,7 +30,9 @@ def test_nobody_waits_longer_than_the_longest_and_it_ends_soon_after_the_flood()
 def service(tmp_path_factory):
     """Two refusals at once, and then five a second."""
     patch = "service.REFUSALS_PER_SECOND, service.REFUSALS_AT_ONCE = 5, 2\n"
-    result = Service(tmp_path_factory.mktemp("pace"), "max_user_send_burst_size = 1000\n", patch=patch)
+    result = Service(
+        tmp_path_factory.mktemp("pace"), "max_user_send_burst_size = 1000\n", patch=patch
+    )
     try:
         result.wait_ready()
         yield result

@@ -366,8 +366,8 @@ class Config:
     max_smtp_connections: int = _setting(
         _or_unset(_integer(5, 100000, "connections")),
         None,
-        "Submission sessions at a time on each port, and five times those of one client address. If "
-        "unset: by memory and cores, 1000 for two cores and 16 GB.",
+        "Submission sessions at a time on each port; one client address may have a fifth of them, or "
+        "ten. If unset: by memory and cores, 1000 for two cores and 24 GB.",
     )
     max_connections_per_client: int = _setting(
         _or_unset(_integer(5, 1000000, "connections")),

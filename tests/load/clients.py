@@ -26,7 +26,7 @@ from collections.abc import Awaitable, Callable
 import idle
 
 ENCRYPTED = base64.b64encode(bytes([0xC1, 3]) + b"abc" + bytes([0xD2, 40]) + bytes(40)).decode()
-# Seconds between two tries to connect, more or less: a client that has failed waits longer. Less would measure
+# Seconds between two tries to connect, more or less: who has failed waits longer. Less would measure
 # how many TLS handshakes in vain keep Dovecot from starting.
 PAUSE = 2
 LOST_SECONDS = 30

@@ -29,9 +29,7 @@ DISK = 1500  # MiB
 APT = ("apt-get", "-q", "--yes", "-o", "Dpkg::Use-Pty=0")
 KILLS = 10
 NO_REFUSAL_LONGER = 1.0  # seconds, where daemons only reload
-NO_RESTART_LONGER = (
-    5.0  # where Dovecot restarts, for us and once more for Debian's trigger on its modules
-)
+NO_RESTART_LONGER = 5.0  # where Dovecot restarts, for us and once more for Debian's trigger on its modules
 
 #: Daemons of a relay, by the source packages of Debian whose security updates they get.
 DAEMONS = ("postfix", "dovecot", "nginx", "unbound", "coturn", "python3.13")

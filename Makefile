@@ -3,12 +3,13 @@
 REPO_URI ?=
 VERSION ?=
 
-.PHONY: help deb repo release lint test bench-storage bench-dovecot demo demo-stop clean distclean
+.PHONY: help deb repo release lint test test-load bench-storage bench-dovecot demo demo-stop clean distclean
 
 help:
 	@echo "sudo make demo       build all, boot a Debian 13 container, install the relay in it"
 	@echo "sudo make demo-stop  remove that container"
 	@echo "sudo make test       everything: build, unit tests, lint, repository, containers"
+	@echo "sudo make test-load  10,000 sessions, storms, floods, 1 GB of memory; half an hour"
 	@echo "make bench-storage   expire and report over a million messages, in 5 GB of /dev/shm"
 	@echo "sudo make bench-dovecot  the notify plugin: 100,000 notifications, 10,000 sessions; two hours"
 	@echo "sudo make deb        the packages, in build/debs"
@@ -31,6 +32,9 @@ lint: tools/.host-packages
 
 test: tools/.host-packages
 	tools/run-tests
+
+test-load: repo
+	tools/test-load
 
 bench-storage:
 	python3 tests/bench/storage.py

@@ -2,6 +2,7 @@
 """Fixtures of all tests on booted containers, and what they measured."""
 
 import contextlib
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -40,6 +41,9 @@ TOGETHER = {
     "ip_relay": ("test_ip_relay", "test_selftest"),
     "releases": ("test_release", "test_upgrade"),
 }
+
+#: Takes an hour and a machine of its own; `make test-load` names it.
+collect_ignore = [] if os.environ.get("CHATMAIL_TEST_LOAD") else ["load"]
 
 _counts: dict[str, int] = {}
 _largest: dict[str, tuple[float, float]] = {}  # (PSS, RSS) in MiB by unit

@@ -286,7 +286,7 @@ def test_without_inotify_instances_for_all_sessions_none_hibernates(relay, mail)
         assert reason in found["detail"]
         log_in(mail)
     finally:
-        relay.exec("chatmail-relay", "set", "max_imap_connections=10000")
+        relay.exec("chatmail-relay", "set", "max_imap_connections=")
         relay.exec("chatmail-relay", "apply", timeout=120)
     assert finding(relay)["detail"] == "plugin on, hibernation on"
 

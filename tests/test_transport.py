@@ -125,6 +125,7 @@ def deliver(mail, alice, beta_mail, bob):
 @contextlib.contextmanager
 def without_smtp(*hosts):
     """Port 25 of *hosts* is closed; submission is not."""
+    before = [" ".join(host.exec("postconf", "-M", "smtp/inet").out.split()) for host in hosts]
     try:
         for host in hosts:
             host.sh("postconf -MX smtp/inet && postfix reload")
@@ -143,8 +144,8 @@ def without_smtp(*hosts):
             )
         yield
     finally:
-        for host in hosts:
-            host.sh("postconf -M 'smtp/inet=smtp inet n - y - - smtpd' && postfix reload")
+        for host, line in zip(hosts, before, strict=True):
+            host.sh(f"postconf -M 'smtp/inet={line}' && postfix reload")
             assert host.exec("chatmail-relay", "diff").out == ""
 
 

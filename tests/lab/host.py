@@ -22,6 +22,7 @@ from pathlib import Path
 
 from . import image
 from .cleanup import Run, kill_and_wait
+from .memory import Bound
 from .network import Namespace
 from .shell import LabError, Result, run
 
@@ -53,7 +54,7 @@ exec env -i "$@" chroot . sh -euc "$script"
 # `exec` keeps the process id through unshare, sh and systemd-nspawn.
 _BOOT = """
 mount --make-rprivate / &&
-echo $$ >"$1/cgroup.procs" &&
+for group in $1; do echo $$ >"$group/cgroup.procs" || exit 1; done
 umount -R /sys/fs/cgroup &&
 mount -t cgroup2 cgroup2 /sys/fs/cgroup || exit 1
 shift
@@ -71,6 +72,7 @@ class Host:
         self.namespace = namespace
         self.boot_seconds = 0.0
         self.arguments: tuple[str, ...] = ()  # more of systemd-nspawn's, for the next boot
+        self.memory_bound: Bound | None = None  # for the next boot
         self.largest: dict[str, tuple[float, float]] = {}  # (PSS, RSS) in MiB by unit, see memory()
         self._state = state
         self._tree = tree
@@ -168,6 +170,8 @@ class Host:
                 *self.arguments,
             )
             cgroup = str(self._state.new_cgroup(self.name))
+            if self.memory_bound is not None:
+                cgroup = self.memory_bound.join(cgroup)
             with console.open("ab") as out:
                 self._nspawn = subprocess.Popen(
                     ["unshare", "--mount", "sh", "-c", _BOOT, "boot", cgroup, *nspawn],

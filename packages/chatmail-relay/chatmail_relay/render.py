@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from chatmaild import sizing
 from chatmaild.config import LIVE_CERT, LIVE_KEY, Config, render_ini
 from chatmaild.invite import invite
 
@@ -31,10 +32,21 @@ class Rendered:
 def context(config: Config, explicit: dict[str, str], version: str) -> dict[str, Any]:
     """The variables of every template: all settings by name, and the facts below."""
     values = {item.name: getattr(config, item.name) for item in fields(config)}
+    machine = sizing.Machine.this()
+    # services do not look at the machine: a limit is the same for all until the next apply
+    sized = {key: str(values[key]) for key in ("max_imap_connections", "max_smtp_connections")}
     return values | {
         "header": HEADER,
         "version": version,
-        "settings_file": render_ini(explicit, HEADER),
+        "settings_file": render_ini(explicit | sized, HEADER),
+        "sizes": sizing.sizes(machine),
+        "front_workers": machine.front_workers,
+        "front_connections": sizing.front_connections(
+            config.max_imap_connections, config.max_smtp_connections, machine.front_workers
+        ),
+        "hibernate_processes": sizing.hibernate_processes(
+            config.max_imap_connections, machine.files
+        ),
         "tls_cert": LIVE_CERT,
         "tls_key": LIVE_KEY,
         "certificate_source": config.certificate_source,
@@ -44,7 +56,7 @@ def context(config: Config, explicit: dict[str, str], version: str) -> dict[str,
         "is_underscore_domain": config.is_underscore_domain,
         "invite": invite(config),
         "hostname": socket.gethostname(),
-        "cpu_count": os.cpu_count() or 1,
+        "cpu_count": machine.cores,
         "ipv6_available": os.path.exists("/proc/sys/net/ipv6/conf/all/disable_ipv6")
         and Path("/proc/sys/net/ipv6/conf/all/disable_ipv6").read_text().strip() == "0",
     }

@@ -7,11 +7,11 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from chatmaild import appversions
-from chatmaild.config import LIVE_CERT, Config, ConfigError, read_settings
+from chatmaild import appversions, sizing
+from chatmaild.config import LIVE_CERT, Config, ConfigError, explicit_values, read_settings
 
 from . import systemd
 from .apply import Plan, limits, make_plan, run_checkers
@@ -33,12 +33,13 @@ FINDINGS_TIMEOUT = 30  # seconds
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at; *remedy* is what to do if it is not *well*."""
+    """One thing looked at; *remedy* is what to do if it is not *well*, *data* is for programs."""
 
     what: str
     well: bool
     detail: str
     remedy: str = ""
+    data: dict[str, object] = field(default_factory=dict)
 
     def __str__(self) -> str:
         line = f"{'ok ' if self.well else 'BAD'} {self.what}: {self.detail}"
@@ -108,6 +109,8 @@ def status(paths: Paths, version: str) -> list[Finding]:
         assert plan.config is not None
         findings += certificate(paths, plan.config)
         findings.append(_disk(plan.config))
+        explicit = explicit_values(paths.ini)
+        findings.append(capacity(sizing.Machine.this(), plan.config, explicit))
         findings += _limits(paths, plan, version)
     return findings
 
@@ -268,6 +271,41 @@ def _disk(config: Config) -> Finding:
     detail = f"{free // 2**20} MB free at {place}"
     well = free >= config.min_free_disk_space and (inodes.f_files == 0 or inodes.f_favail > 10000)
     return Finding("disk", well, detail, "no new addresses are made; free some space")
+
+
+def capacity(machine: sizing.Machine, config: Config, explicit: dict[str, str]) -> Finding:
+    """How many idle IMAP sessions the machine is expected to bear under *config*, and what limits them.
+
+    A setting above that is the operator's business: it is said, and not bad.
+    """
+    limit, submission = config.max_imap_connections, config.max_smtp_connections
+    bounds = sizing.imap_bounds(machine, submission)
+    by, least = min(bounds.items(), key=lambda item: item[1])
+    least = max(least, 0)
+    allowed = ""
+    if explicit.get("max_imap_connections"):
+        if limit <= least:
+            by, least = "max_imap_connections", limit
+        else:
+            allowed = f"; max_imap_connections allows {limit}"
+    else:
+        least = limit
+    memory = machine.memory // sizing.MIB
+    detail = (
+        f"about {least} idle IMAP sessions, limited by {by}{allowed}; {submission} submission "
+        f"sessions a port; {memory} MB of memory, cores: {machine.cores}"
+    )
+    data: dict[str, object] = {
+        "imap_sessions": least,
+        "limited_by": by,
+        "max_imap_connections": limit,
+        "max_smtp_connections": submission,
+        "bounds": bounds,
+        "memory": machine.memory,
+        "cores": machine.cores,
+        "open_files": machine.files,
+    }
+    return Finding("capacity", True, detail, data=data)
 
 
 def _limits(paths: Paths, plan: Plan, version: str) -> Iterator[Finding]:

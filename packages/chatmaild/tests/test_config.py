@@ -37,7 +37,6 @@ def test_defaults_are_those_of_existing_relays():
 @pytest.mark.parametrize(
     ("text", "connections"),
     [
-        ("", 2000),
         ("max_imap_connections = 100", 200),
         ("max_imap_connections = 50000", 10000),
         ("max_connections_per_client = 7", 7),

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 
 import iniconfig
 
+from . import sizing
+
 SECTION = "params"
 DEFAULT_PATH = Path("/etc/chatmail/chatmaild/chatmail.ini")
 TURN_PORT = 3478  # UDP (RFC 8656 section 12.3)
@@ -124,6 +126,11 @@ def _integer(low: int, high: int, unit: str) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def _or_unset(parse: Callable[[str], int]) -> Callable[[str], int | None]:
+    """An empty value is as if the line was not there."""
+    return lambda text: parse(text) if text else None
 
 
 def _load(text: str) -> float:
@@ -363,15 +370,19 @@ class Config:
         "Size of one message as sent, in bytes. A file grows by about 40 % on the way.",
     )
     max_imap_connections: int = _setting(
-        _integer(10, 1000000, "connections"), "10000", "IMAP sessions at a time."
+        _or_unset(_integer(10, 1000000, "connections")),
+        None,
+        "IMAP sessions at a time. If unset: as many as memory, cores and open files of this machine "
+        'allow; "chatmail-relay status" says which of them is least. Two cores and 8 GB have 10000.',
     )
     max_smtp_connections: int = _setting(
-        _integer(5, 100000, "connections"),
-        "1000",
-        "Submission sessions at a time, and five times those of one client address.",
+        _or_unset(_integer(5, 100000, "connections")),
+        None,
+        "Submission sessions at a time on each port; one client address may have a fifth of them, or "
+        "ten. If unset: by memory and cores, 1000 for two cores and 24 GB.",
     )
     max_connections_per_client: int = _setting(
-        _integer(5, 1000000, "connections"),
+        _or_unset(_integer(5, 1000000, "connections")),
         None,
         "Connections to 443 and 993 at a time for one client: an IPv4 address, or an IPv6 network of "
         "64 bits. Many people may be behind one. If unset: a fifth of max_imap_connections, at "
@@ -695,6 +706,12 @@ def _fill_derived(values: dict[str, Any]) -> None:
         values["tls"] = "external" if values["tls_external_cert_and_key"] else own
     if values["mailboxes_dir"] is None:
         values["mailboxes_dir"] = f"/var/lib/chatmail/mail/{values['mail_domain'].strip('[]')}"
+    if None in (values["max_imap_connections"], values["max_smtp_connections"]):
+        fit = sizing.sizes(sizing.Machine.this())
+        if values["max_imap_connections"] is None:
+            values["max_imap_connections"] = fit.imap
+        if values["max_smtp_connections"] is None:
+            values["max_smtp_connections"] = fit.smtp
     if values["max_connections_per_client"] is None:
         values["max_connections_per_client"] = max(values["max_imap_connections"] // 5, 200)
 

@@ -116,6 +116,8 @@ class Handler:
 
     direction = ""
     refuses = True
+    paced = False  # whether the shell tells refusals no faster than its pace
+    refusals = 0  # told so far
 
     def __init__(self, policy: Policy) -> None:
         self._policy = self._next_policy = policy
@@ -145,6 +147,7 @@ class Handler:
     def refused(self, reply: Reply) -> None:
         log.info("%s: refused, %s", self.direction, reply.why)
         REFUSED.inc(self.direction.lower(), reply.why)
+        self.refusals += 1
 
     def _signatures(self) -> list[milter.InsertHeader]:
         """The DKIM-Signature fields of the message, none if it is not signed here."""
@@ -286,6 +289,7 @@ def local_mailbox(recipient: str, domain: str) -> str | None:
 
 class IncomingHandler(Handler):
     direction = "Incoming"
+    paced = True
     actions = milter.CHANGE_SENDER
     protocol = milter.NO_REPLY_CONNECT | milter.NO_REPLY_MAIL
 

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: MIT
+"""Limits follow the machine: what status says of it is what the daemons were given."""
+
+from __future__ import annotations
+
+import json
+import os
+
+
+def test_the_capacity_in_status_is_what_the_daemons_have(relay):
+    said = json.loads(relay.exec("chatmail-relay", "status", "--json", check=False).out)
+    (found,) = [item for item in said if item["what"] == "capacity"]
+    sessions = found["data"]["max_imap_connections"]
+
+    assert found["well"] and f"about {found['data']['imap_sessions']} idle" in found["detail"]
+    assert found["data"]["cores"] == os.cpu_count()
+    login = ("doveconf", "-c", "/etc/chatmail/dovecot/dovecot.conf", "-h", "service/imap-login")
+    assert f"client_limit = {sessions}\n" in relay.exec(*login).out
+    assert f"max_imap_connections = {sessions}\n" in relay.read(
+        "/etc/chatmail/chatmaild/chatmail.ini"
+    )
+    assert relay.exec("chatmail-relay", "diff").out == ""

@@ -15,6 +15,7 @@ ROWS = {
     "incoming": ("2 kB, 1 a", "2 kB, 20 a", "50 kB, 1 a", "1 MB, 20 a", "20 MB, 1 a"),
     "delivery": ("250 to EXISTS, median", "250 to EXISTS, p95"),
     "clients": ("account set-up", "SecureJoin", "client to client, median"),
+    "relays": ("account set-up", "SecureJoin", "client to client, median"),
     "logins": ("existing login, 100 ", "new login, 300 ", "recipient, 300 "),
     "new": ("/new",),
     "idling": ("LMTP to EXISTS", "Dovecot"),
@@ -34,7 +35,8 @@ def short(lab):
     with Bench(short=True, lab=lab) as bench:
         wanted = [item for item in frame.MEASUREMENTS.values() if not item.by_name_only]
         found = frame.run(bench, wanted)
-        lab.remove(bench.host)
+        for host in (bench.peer, bench.host):
+            lab.remove(host)
     return found
 
 
@@ -131,7 +133,9 @@ def test_the_exit_status_is_of_failures_and_if_asked_for_of_budgets(
     assert program.finish(given, found) == status
     assert json.loads(file.read_text()) == found
     if options:
-        assert "budget missed: working: x: budget <= 1.00: missed by 20 %" in capsys.readouterr().err
+        assert (
+            "budget missed: working: x: budget <= 1.00: missed by 20 %" in capsys.readouterr().err
+        )
 
 
 @pytest.mark.parametrize("value, verdict", [(4000.0, "missed by 20 %"), (5000.0, "holds")])

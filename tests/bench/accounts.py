@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import smtplib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import idle, webload
@@ -24,6 +25,7 @@ SIZES, SHORT_SIZES = (1_000, 100_000, 1_000_000), (100, 200, 300)
 BUDGET = 1.2  # of what it costs with the fewest addresses
 LOGINS, RECIPIENTS = 200, 500  # a round
 CREATE_SECONDS = 1200
+ROOM = 10_000  # bytes of memory that one address takes, in the lab
 PREFIX, NEW_PREFIX = "id", "nw"
 AT_A_TIME = "10"
 
@@ -36,6 +38,13 @@ def client(
     words = (command, "--domain", DOMAIN, "--at-a-time", AT_A_TIME, *numbers, *more)
     done = bench.host.exec("python3", CLIENT, *words, timeout=CREATE_SECONDS)
     return json.loads(done.out)
+
+
+def available() -> int:
+    """Bytes of memory that may be used."""
+    text = Path("/proc/meminfo").read_text()
+    (kilobytes,) = re.findall(r"^MemAvailable: *(\d+) kB$", text, re.MULTILINE)
+    return int(kilobytes) * 1024
 
 
 Step = Callable[[int], float]  # round -> seconds it took
@@ -77,6 +86,19 @@ def logins(bench: Bench) -> list[Row]:
     bench.host.write(CLIENT, Path(idle.__file__).read_text())
     model = bench.mail.account().address
     sizes = bench.scaled(SIZES, SHORT_SIZES)
+    need, there = ROOM * sizes[-1] / 2**30, available() / 2**30
+    if need > there:
+        raise MemoryError(f"{sizes[-1]:,} addresses take {need:.1f} GiB, only {there:.1f} are free")
+    try:
+        return _logins(bench, sizes, model)
+    finally:
+        store = f"/var/lib/chatmail/mail/{DOMAIN}"
+        bench.host.sh(
+            f"find {store} -maxdepth 1 -name '{PREFIX}*@*' -exec rm -r {{}} +", timeout=600
+        )
+
+
+def _logins(bench: Bench, sizes: Sequence[int], model: str) -> list[Row]:
     costs: dict[str, list[Row]] = {}
     rates: dict[str, list[Row]] = {}
     made = 0

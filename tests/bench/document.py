@@ -26,18 +26,22 @@ PLOTS = {
 
 HEAD = """\
 <!-- SPDX-License-Identifier: MIT -->
-<!-- made by tools/bench -- document; the figures are in benchmarks/benchmarks.json -->
+<!-- made by tools/bench; the figures are in benchmarks/benchmarks.json -->
 
 # Benchmarks
 
-`make bench` measures a relay in a container of the lab and writes this page; `make bench BENCH="outgoing clients"`
-measures some things only, `tools/bench --help` lists them. It takes about half an hour.
+`make bench` measures a relay in a container of the lab and writes this page; `make bench BENCH="outgoing
+clients"` measures some things only, `tools/bench --help` lists them all. It takes about half an hour.
 
 **Read ratios, not times.** What a message costs is CPU time, user and kernel, of all services of the relay, by
-control group; it is measured in turns with the floor, {rounds} rounds, and the median of the rounds' ratios counts. The *floor* is the
-same Postfix without any filter; *re-injection* is a second smtpd that takes the message over, with nothing between the
-two: the least that a filter costs which is a proxy. Senders and the sink are outside of what is counted.
-Times in milliseconds and rates depend on the machine, and on what else runs on it.
+control group. It is measured in turns with the floor, {rounds} rounds, and the median of the rounds' ratios
+counts. The *floor* is the same Postfix without any filter. *Re-injection* is a second smtpd that takes the
+message over, with no program between the two: the least that a filter costs which is a proxy. Senders and
+the sink are outside of what is counted.
+
+Times in milliseconds and rates depend on the machine and on what else runs on it. Each table says where it
+was measured, and the load average at the beginning. Above 0.5, other work shared the machine: its times would
+be shorter on a quiet one.
 
 """
 
@@ -60,7 +64,7 @@ def update(measured: dict[str, Any]) -> None:
 
 def page(whole: dict[str, Any]) -> str:
     """The page of a document."""
-    text = HEAD.replace("-- document", "--document").format(rounds=whole["rounds"])
+    text = HEAD.format(rounds=whole["rounds"])
     missed = frame.missed(whole)
     text += "## Budgets\n\n"
     text += f"{len(missed)} missed:\n\n" if missed else "All hold.\n"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What every measurement has in common: rows, their budgets, and how a run reports them.
 
-A measurement is a function of tests/bench that takes a Bench (see relay) and returns rows. One that raises, or
-that returns another number of rows than it has promised, has failed; the others go on.
+A measurement is a function of tests/bench that takes a Bench (see relay) and returns rows. One that raises,
+or that returns another number of rows than it has promised, has failed; the others go on.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def run(bench: Bench, wanted: Iterable[Measurement]) -> dict[str, Any]:
         print(table(item.name, result), flush=True)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "machine": {**machine(), "load at the beginning and the end": [load, os.getloadavg()[0]]},
+        "machine": {**machine(), "load": load},
         "short": bench.short,
         "rounds": bench.rounds,
         "results": results,

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Idling IMAP clients, and deliveries timed as wanted; runs on the relay itself, prints JSON.
 
-usage: idle.py create|logins|latency|race|hold [options]; only Python's own library, because a relay has no other.
+usage: idle.py create|logins|latency|race|hold [options]
+
+Only Python's own library, because a relay has no other.
 
 A client logs in over TLS on port 993, selects its inbox and idles. A message is delivered to Dovecot's LMTP
 socket, as Postfix does; its notification is the untagged EXISTS with the number of messages that makes.

@@ -13,7 +13,7 @@ from lab.messages import encrypted
 from people import Person
 
 from .frame import Row, measurement, median_row, spread_rows
-from .relay import DOMAIN, Bench
+from .relay import DOMAIN, PEER, Bench
 
 
 @measurement(2)
@@ -38,47 +38,60 @@ def delivery(bench: Bench) -> list[Row]:
 def clients(bench: Bench) -> list[Row]:
     """Two real clients on one relay: account set-up, SecureJoin, messages from one to the other."""
     bench.host  # noqa: B018  # installed before the clock runs
-    folder = bench.folder / "clients"
+    return _chats(bench, "clients", (DOMAIN, DOMAIN), (70, 120))
+
+
+@measurement(4)
+def relays(bench: Bench) -> list[Row]:
+    """Two real clients on two relays, which deliver by HTTPS: the same."""
+    bench.peer  # noqa: B018
+    return _chats(bench, "relays", (DOMAIN, PEER), (None, None))
+
+
+def _chats(
+    bench: Bench, name: str, domains: tuple[str, str], goals: tuple[float | None, float | None]
+) -> list[Row]:
+    """Rounds of a new pair of accounts that get to know each other, and some messages."""
+    folder = bench.folder / name
     folder.mkdir()
     wrapper = bench.lab.rpc_server(folder, rpc_program())
+    set_up: list[float] = []
+    joined: list[float] = []
+    waited: list[float] = []
     with Rpc(accounts_dir=str(folder / "accounts"), rpc_server_path=str(wrapper)) as rpc:
-        return _chat(bench, DeltaChat(rpc))
-
-
-def _chat(bench: Bench, delta: DeltaChat) -> list[Row]:
-    set_up, joined, waited = [], [], []
-    for _ in range(bench.rounds):
-        pair = []
-        for _ in range(2):
+        delta = DeltaChat(rpc)
+        for _ in range(bench.rounds):
+            pair = []
+            for domain in domains:
+                begin = time.monotonic()
+                pair.append(_account(delta, domain))
+                set_up.append(time.monotonic() - begin)
+            inviter, joiner = pair
+            code = inviter.get_qr_code()
             begin = time.monotonic()
-            pair.append(_account(delta))
-            set_up.append(time.monotonic() - begin)
-        inviter, joiner = pair
-        code = inviter.get_qr_code()
-        begin = time.monotonic()
-        chat = joiner.secure_join(code)
-        joiner.wait_for_securejoin_joiner_success()
-        joined.append(time.monotonic() - begin)
-        for number in range(bench.scaled(200, 5) // bench.rounds):
-            text = f"message {number}"
-            begin = time.monotonic()
-            chat.send_text(text)
-            while inviter.wait_for_incoming_msg().get_snapshot().text != text:
-                pass
-            waited.append(time.monotonic() - begin)
-        for account in pair:
-            account.stop_io()
+            chat = joiner.secure_join(code)
+            joiner.wait_for_securejoin_joiner_success()
+            joined.append(time.monotonic() - begin)
+            for number in range(bench.scaled(200, 5) // bench.rounds):
+                text = f"message {number}"
+                begin = time.monotonic()
+                chat.send_text(text)
+                while inviter.wait_for_incoming_msg().get_snapshot().text != text:
+                    pass
+                waited.append(time.monotonic() - begin)
+            for account in pair:
+                account.stop_io()
     return [
         median_row("account set-up until online", "s", set_up),
         median_row("SecureJoin", "s", joined),
-        *spread_rows("client to client", waited, (70, 120)),
+        *spread_rows("client to client", waited, goals),
     ]
 
 
-def _account(delta: DeltaChat) -> Person:
+def _account(delta: DeltaChat, domain: str) -> Person:
     """A new account, online."""
     account = delta.add_account()
     account.set_config("bot", "1")  # not limited to one message a second by itself
-    account.add_transport_from_qr(f"dcaccount:{DOMAIN}")
+    account.add_transport_from_qr(f"dcaccount:{domain}")
     account.bring_online()
     return account

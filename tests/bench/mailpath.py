@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT
 """What the relay spends on a message, against the same Postfix without a filter, and with re-injection.
 
-Three ways lead to one sink. Their services are the same but for what is measured, and are made for this only, on
-loopback of the lab's host:
+Three ways lead to one sink. Their services are the same but for what is measured, and are made for this only,
+on loopback of the lab's host:
 
     product        the relay's own port: smtpd with the filter as its milter, DKIM signed or verified
     floor          the same smtpd without a filter
     re-injection   the same smtpd, which passes the message on to a second smtpd before it answers; a filter
                    that is a proxy would stand between them
 
-The sink and the sender are outside; the time until the queue is empty counts. DKIM keys are in the filter's memory
-and processes run, because one message of each size goes ahead.
+The sink and the sender are outside; the time until the queue is empty counts. DKIM keys are in the filter's
+memory and processes run, because one message of each size goes ahead.
 """
 
 from __future__ import annotations
@@ -329,7 +329,11 @@ def _cell(
     return [
         paired_row(name, unit, spent["product"], floor, budget=budget, detail=detail["product"]),
         paired_row(
-            f"{name}, re-injection", unit, spent["re-injection"], floor, detail=detail["re-injection"]
+            f"{name}, re-injection",
+            unit,
+            spent["re-injection"],
+            floor,
+            detail=detail["re-injection"],
         ),
     ]
 

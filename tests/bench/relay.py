@@ -20,8 +20,8 @@ from lab.traffic import works
 
 T = TypeVar("T")
 
-DOMAIN = "_bench.example"
-NUMBER = 81  # last one of its address
+DOMAIN, PEER = "_bench.example", "_peer.example"
+NUMBER, PEER_NUMBER = 81, 82  # last ones of their addresses
 ROUNDS = 5
 HEALTHY_SECONDS = 60
 
@@ -66,14 +66,21 @@ class Bench:
     def host(self) -> Host:
         """The relay."""
         host = self.lab.host("bench", NUMBER, names=(DOMAIN,))
-        begin = time.monotonic()
         self.install_seconds = host.install_relay(DOMAIN)
+        begin = time.monotonic() - self.install_seconds
         works(Mail(self.lab, host.address, DOMAIN), HEALTHY_SECONDS)
         self.message_seconds = time.monotonic() - begin
-        healthy(host)
-        host.exec("chatmail-relay", "set", *SETTINGS)
-        host.exec("chatmail-relay", "apply", timeout=120)
-        healthy(host)
+        configure(host)
+        return host
+
+    @functools.cached_property
+    def peer(self) -> Host:
+        """Another relay, PEER; both have their keys in the DNS."""
+        host = self.lab.host("peer", PEER_NUMBER, names=(PEER,))
+        host.install_relay(PEER)
+        configure(host)
+        self.lab.publish_key(self.host, DOMAIN)
+        self.lab.publish_key(host, PEER)
         return host
 
     @property
@@ -86,6 +93,14 @@ class Bench:
         for number in range(self.rounds):
             for item in random.Random(number).sample(what, len(what)):
                 yield number, item
+
+
+def configure(host: Host) -> None:
+    """SETTINGS, in force."""
+    healthy(host)
+    host.exec("chatmail-relay", "set", *SETTINGS)
+    host.exec("chatmail-relay", "apply", timeout=120)
+    healthy(host)
 
 
 def healthy(host: Host) -> None:

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Expire and fsreport over many messages, against a walk that only stats every file.
 
-usage: python3 tests/bench/storage.py [MESSAGES] [FOLDER] [ROUNDS]
+usage: storage.py MESSAGES FOLDER ROUNDS
 
-MESSAGES (default 1,000,000), 100 a mailbox, half of them old, are made in a new folder below FOLDER
-(default /dev/shm, where each takes ROOM) and removed at the end. Prints JSON: CPU seconds by round, peak
-memory in MB. `tools/bench storage` runs it, and tests/test_bench.py, with fewer messages. It is a
-program of its own because the peak memory of a child begins with what its parent has.
+MESSAGES, 100 a mailbox, half of them old, are made in a new folder below FOLDER (in a tmpfs each takes ROOM)
+and removed at the end. Prints JSON: CPU seconds by round, peak memory in MB. It is a program of its own because
+the peak memory of a child begins with what its parent has; services.py runs it.
 """
 
 from __future__ import annotations
@@ -92,10 +91,10 @@ def measure(messages: int, parent: str, rounds: int) -> dict[str, dict[str, Any]
     }
 
 
-def main(messages: int = 1_000_000, parent: str = "/dev/shm", rounds: int = 5) -> None:
+def main(messages: int, parent: str, rounds: int) -> None:
     """Measure and print."""
     print(json.dumps(measure(messages, parent, rounds)))
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:2]), *sys.argv[2:3], *map(int, sys.argv[3:4]))
+    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

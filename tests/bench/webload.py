@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """POST /new at the socket of chatmail-doveauth, as nginx does; runs on the relay itself.
 
-usage: webload.py REQUESTS; prints the seconds it took. Only Python's own library, because a relay has no other.
+usage: webload.py REQUESTS; prints the seconds it took
+
+Only Python's own library, because a relay has no other.
 """
 
 from __future__ import annotations
@@ -12,9 +14,7 @@ import time
 
 SOCKET = "/run/chatmail/doveauth/new.socket"
 CONNECTIONS = 16
-REQUEST = (
-    "POST /new HTTP/1.1\r\nHost: relay\r\nX-Real-IP: 192.0.2.{}\r\nContent-Length: 0\r\n\r\n"
-)
+REQUEST = "POST /new HTTP/1.1\r\nHost: relay\r\nX-Real-IP: 192.0.2.{}\r\nContent-Length: 0\r\n\r\n"
 
 
 async def ask(number: int, requests: int) -> None:
@@ -38,9 +38,7 @@ async def ask(number: int, requests: int) -> None:
 async def main(requests: int) -> None:
     """All connections at the same time."""
     begin = time.perf_counter()
-    shares = [
-        requests // CONNECTIONS + (n < requests % CONNECTIONS) for n in range(CONNECTIONS)
-    ]
+    shares = [requests // CONNECTIONS + (n < requests % CONNECTIONS) for n in range(CONNECTIONS)]
     await asyncio.gather(*(ask(number, share) for number, share in enumerate(shares)))
     print(time.perf_counter() - begin)
 

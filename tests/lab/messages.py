@@ -20,7 +20,9 @@ def encrypted(
 ) -> bytes:
     """A syntactically valid PGP/MIME message: one PKESK, one SEIPD of *content* bytes (RFC 9580)."""
     length = bytes([0xFF]) + content.to_bytes(4, "big")
-    packets = bytes([0xC1, 3]) + b"abc" + bytes([0xD2]) + length + marker.ljust(content, b"\0")[:content]
+    packets = (
+        bytes([0xC1, 3]) + b"abc" + bytes([0xD2]) + length + marker.ljust(content, b"\0")[:content]
+    )
     armor = base64.encodebytes(packets).decode().rstrip("\n").replace("\n", "\r\n")
     return (
         f"From: <{sender}>\r\nTo: <{recipient}>\r\nSubject: {subject}\r\n"

@@ -7,7 +7,7 @@ import pytest
 from bench import __main__ as program
 from bench import document, frame
 from bench.relay import Bench
-from conftest import measured
+from conftest import DOMAIN, measured
 
 #: What the document of a run must have; a row that is missing here would not be missed there.
 ROWS = {
@@ -30,13 +30,12 @@ ROWS = {
 
 
 @pytest.fixture(scope="module")
-def short(lab):
+def short(lab, relay):
     """The document of a short run."""
-    with Bench(short=True, lab=lab) as bench:
+    with Bench(short=True, lab=lab, peer=(relay, DOMAIN)) as bench:
         wanted = [item for item in frame.MEASUREMENTS.values() if not item.by_name_only]
         found = frame.run(bench, wanted)
-        for host in (bench.peer, bench.host):
-            lab.remove(host)
+        lab.remove(bench.host)
     return found
 
 

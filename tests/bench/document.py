@@ -40,8 +40,8 @@ message over, with no program between the two: the least that a filter costs whi
 the sink are outside of what is counted.
 
 Times in milliseconds and rates depend on the machine and on what else runs on it. Each table says where it
-was measured, and the load average at the beginning. Above 0.5, other work shared the machine: its times would
-be shorter on a quiet one.
+was measured, and the load average at the beginning. Above 0.5, other work shared the machine: its times
+would be shorter on a quiet one.
 
 """
 

@@ -19,6 +19,7 @@ from lab.shell import wait_for
 from lab.traffic import works
 
 T = TypeVar("T")
+Peer = tuple[Host, str]  # and its domain
 
 DOMAIN, PEER = "_bench.example", "_peer.example"
 NUMBER, PEER_NUMBER = 81, 82  # last ones of their addresses
@@ -35,10 +36,10 @@ SETTINGS = (
 class Bench:
     """`with Bench(short=False) as bench: frame.run(bench, wanted)`; its lab is gone at the end."""
 
-    def __init__(self, *, short: bool, lab: Lab | None = None) -> None:
+    def __init__(self, *, short: bool, lab: Lab | None = None, peer: Peer | None = None) -> None:
         self.short = short
         self.rounds = 1 if short else ROUNDS
-        self._given = lab
+        self._given, self._given_peer = lab, peer
         self._stack = contextlib.ExitStack()
         self.install_seconds = self.message_seconds = 0.0  # both since the beginning of apt
 
@@ -74,14 +75,18 @@ class Bench:
         return host
 
     @functools.cached_property
-    def peer(self) -> Host:
-        """Another relay, PEER; both have their keys in the DNS."""
+    def peer(self) -> Peer:
+        """Another relay, the one given or one of its own; both have their keys in the DNS."""
+        peer = self._given_peer or self._install_peer()
+        self.lab.publish_key(self.host, DOMAIN)
+        self.lab.publish_key(*peer)
+        return peer
+
+    def _install_peer(self) -> Peer:
         host = self.lab.host("peer", PEER_NUMBER, names=(PEER,))
         host.install_relay(PEER)
         configure(host)
-        self.lab.publish_key(self.host, DOMAIN)
-        self.lab.publish_key(host, PEER)
-        return host
+        return host, PEER
 
     @property
     def mail(self) -> Mail:

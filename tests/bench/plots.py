@@ -50,9 +50,11 @@ def mail_path(axes: Axes, rows: Rows) -> None:
             axes.hlines(budget, place - 0.42, place + 0.42, color=RED)
     axes.plot([], [], color=RED, label="budget")
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(names)), [name.replace(", ", "\n") for name in names])
-    axes.set_ylabel("CPU a message / floor")
-    axes.legend()
+    labels = [name.replace(", ", "\n").removesuffix(" a connection") for name in names]
+    axes.set_xticks(range(len(names)), labels)
+    axes.set(xlabel="size, and messages a connection", ylabel="CPU a message / floor")
+    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])
+    axes.legend(loc="upper left", ncols=3)
 
 
 def spread(axes: Axes, rows: Rows) -> None:

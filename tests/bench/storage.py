@@ -4,8 +4,8 @@
 usage: storage.py MESSAGES FOLDER ROUNDS
 
 MESSAGES, 100 a mailbox, half of them old, are made in a new folder below FOLDER (in a tmpfs each takes ROOM)
-and removed at the end. Prints JSON: CPU seconds by round, peak memory in MB. services.py runs it: a program of
-its own, because the peak memory of a child begins with what its parent has.
+and removed at the end. Prints JSON: CPU seconds by round, peak memory in MB. services.py runs it: a program
+of its own, because the peak memory of a child begins with what its parent has.
 """
 
 from __future__ import annotations

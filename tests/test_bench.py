@@ -2,6 +2,7 @@
 """`make bench`: a short run measures everything; its figures are for the document of a long one alone."""
 
 import copy
+import functools
 import json
 import math
 
@@ -125,7 +126,8 @@ def test_the_exit_status_is_of_failures_and_if_asked_for_of_budgets(
 ):
     file = tmp_path / "figures.json"
     given = program.parser().parse_args([*options, "--json", str(file)])
-    found = frame.run(Bench(short=True), map(measurement, functions))
+    save = functools.partial(program.save, given)
+    found = frame.run(Bench(short=True), map(measurement, functions), save)
     assert program.finish(given, found) == status
     assert json.loads(file.read_text()) == found
     if options:

@@ -9,22 +9,16 @@ Exit status 1 if a measurement failed, and with --budgets also if a budget is mi
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from . import (  # noqa: F401  # each registers its measurements
-    accounts,
-    document,
-    dovecot,
-    frame,
-    latency,
-    mailpath,
-    memory,
-    services,
-)
+from . import document, frame
+from . import mailpath, latency, accounts, memory, services, dovecot  # noqa: F401  # in this order
 from .relay import Bench
 
 
@@ -55,6 +49,8 @@ def main(arguments: Sequence[str]) -> int:
     unknown = set(options.name) - set(frame.MEASUREMENTS)
     if unknown:
         parser().error(f"no such measurement: {', '.join(sorted(unknown))}; see --help")
+    if options.short and options.document:
+        parser().error("the figures of a short run are for no document")
     wanted = [
         item
         for item in frame.MEASUREMENTS.values()
@@ -62,16 +58,20 @@ def main(arguments: Sequence[str]) -> int:
     ]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # the lab leaves nothing
     with Bench(short=options.short) as bench:
-        measured = frame.run(bench, wanted)
+        measured = frame.run(bench, wanted, functools.partial(save, options))
     return finish(options, measured)
 
 
-def finish(options: argparse.Namespace, measured: dict[str, object]) -> int:
-    """Write what was asked for, say what went wrong; the exit status."""
+def save(options: argparse.Namespace, measured: dict[str, Any]) -> None:
+    """Write what was asked for."""
     if options.json:
         options.json.write_text(json.dumps(measured, indent=1) + "\n")
     if options.document:
         document.update(measured)
+
+
+def finish(options: argparse.Namespace, measured: dict[str, Any]) -> int:
+    """Say what went wrong; the exit status."""
     failed, missed = frame.failures(measured), frame.missed(measured)
     for kind, lines in (("measurement failed", failed), ("budget missed", missed)):
         for line in lines:

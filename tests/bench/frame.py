@@ -128,10 +128,23 @@ def measurement(
     return register
 
 
-def run(bench: Bench, wanted: Iterable[Measurement]) -> dict[str, Any]:
-    """Measure, and print each table as it is there; the document that becomes the JSON file."""
+def run(
+    bench: Bench,
+    wanted: Iterable[Measurement],
+    save: Callable[[dict[str, Any]], None] = lambda document: None,
+) -> dict[str, Any]:
+    """Measure, print each table as it is there, and *save* what there is: a later end loses nothing.
+
+    Returns the document that becomes the JSON file.
+    """
     results: dict[str, dict[str, Any]] = {}
-    load = os.getloadavg()[0]
+    document = {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "machine": {**machine(), "load": round(os.getloadavg()[0], 1)},
+        "short": bench.short,
+        "rounds": bench.rounds,
+        "results": results,
+    }
     for item in wanted:
         begin = time.monotonic()
         result: dict[str, Any] = {"title": item.title, "rows": []}
@@ -147,13 +160,8 @@ def run(bench: Bench, wanted: Iterable[Measurement]) -> dict[str, Any]:
         result["seconds"] = round(time.monotonic() - begin, 1)
         results[item.name] = result
         print(table(item.name, result), flush=True)
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "machine": {**machine(), "load": load},
-        "short": bench.short,
-        "rounds": bench.rounds,
-        "results": results,
-    }
+        save(document)
+    return document
 
 
 def failures(document: Mapping[str, Any]) -> list[str]:

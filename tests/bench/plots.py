@@ -92,6 +92,8 @@ DRAW: dict[str, Callable[[Axes, Rows], None]] = {
 
 def main() -> None:
     """Draw all that was measured."""
+    if not FIGURES.exists():
+        return
     matplotlib.rcParams["svg.hashsalt"] = "benchmarks"  # the same figures make the same file
     for name, result in json.loads(FIGURES.read_text())["results"].items():
         if name in DRAW and "error" not in result:

@@ -8,7 +8,6 @@ addresses is the relay's own work, not that of a slow disk.
 from __future__ import annotations
 
 import functools
-import json
 import re
 import smtplib
 import statistics
@@ -16,28 +15,25 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import idle, webload
+from . import webload
 from .frame import Row, measurement, median_row
 from .relay import CPU, DOMAIN, Bench
 
-CLIENT = "/root/idle.py"
+PROGRAM = "/root/logins.py"
 SIZES, SHORT_SIZES = (1_000, 100_000, 1_000_000), (100, 200, 300)
 BUDGET = 1.2  # of what it costs with the fewest addresses
 LOGINS, RECIPIENTS = 200, 500  # a round
 CREATE_SECONDS = 1200
 ROOM = 10_000  # bytes of memory that one address takes, in the lab
 PREFIX, NEW_PREFIX = "id", "nw"
-AT_A_TIME = "10"
 
 
-def client(
-    bench: Bench, command: str, prefix: str, first: int, count: int, *more: str
-) -> dict[str, float]:
-    """Run idle.py on the relay, for *count* addresses."""
-    numbers = ("--prefix", prefix, "--first", str(first), "--clients", str(count))
-    words = (command, "--domain", DOMAIN, "--at-a-time", AT_A_TIME, *numbers, *more)
-    done = bench.host.exec("python3", CLIENT, *words, timeout=CREATE_SECONDS)
-    return json.loads(done.out)
+def on_relay(bench: Bench, what: str, prefix: str, first: int, count: int, *model: str) -> str:
+    """Run logins.py on the relay, for *count* addresses; what it prints."""
+    for source in (PROGRAM, "/root/idle.py"):
+        bench.host.write(source, (Path(__file__).parent / Path(source).name).read_text())
+    words = (what, DOMAIN, prefix, str(first), str(count), *model)
+    return bench.host.exec("python3", PROGRAM, *words, timeout=CREATE_SECONDS).out
 
 
 def available() -> int:
@@ -56,11 +52,11 @@ def _steps(bench: Bench, addresses: int) -> dict[str, tuple[int, Step]]:
     start = addresses - bench.rounds * logins  # in the part of the store that is new
 
     def log_in(number: int) -> float:
-        return client(bench, "logins", PREFIX, start + number * logins, logins)["seconds"]
+        return float(on_relay(bench, "login", PREFIX, start + number * logins, logins))
 
     def first_login(number: int) -> float:
         first = addresses + number * logins  # no address twice
-        return client(bench, "logins", NEW_PREFIX, first, logins)["seconds"]
+        return float(on_relay(bench, "login", NEW_PREFIX, first, logins))
 
     def check(number: int) -> float:
         with bench.mail.smtp(None, 25) as session:
@@ -83,7 +79,6 @@ def _steps(bench: Bench, addresses: int) -> dict[str, tuple[int, Step]]:
 @measurement(18)
 def logins(bench: Bench) -> list[Row]:
     """IMAP logins with TLS, new addresses, and RCPT TO on port 25, by addresses on disk."""
-    bench.host.write(CLIENT, Path(idle.__file__).read_text())
     model = bench.mail.account().address
     sizes = bench.scaled(SIZES, SHORT_SIZES)
     need, there = ROOM * sizes[-1] / 2**30, available() / 2**30
@@ -103,7 +98,7 @@ def _logins(bench: Bench, sizes: Sequence[int], model: str) -> list[Row]:
     rates: dict[str, list[Row]] = {}
     made = 0
     for size in sizes:
-        client(bench, "create", PREFIX, made, size - made, "--model", model)
+        on_relay(bench, "create", PREFIX, made, size - made, model)
         made = size
         steps = _steps(bench, size)
         spent: dict[str, list[float]] = {name: [] for name in steps}

@@ -15,7 +15,7 @@ from typing import Any
 from lab import image
 from lab.host import Host
 
-from . import idle
+from . import accounts, idle
 from .frame import Row, measurement, paired_row
 from .relay import CPU, DOMAIN, Bench, healthy
 
@@ -34,6 +34,7 @@ SETTINGS = "/etc/chatmail/chatmail.ini"
 #: Sessions hibernate after one minute here; workers of auth end after five.
 MEMORY_NAP, MEMORY_LOOK = "1 min", "75"
 SESSIONS = (1_000, 10_000)
+HELD = "held"  # four letters that their addresses begin with
 
 #: LeakSanitizer looks at a process that ends. It needs memory without limit, and to be traced by itself,
 #: which a process that has changed its user may not: hence the sockets that _chatmail must reach.
@@ -125,14 +126,15 @@ def idling(bench: Bench) -> list[Row]:
 def sessions(bench: Bench) -> list[Row]:
     """Hibernated IMAP sessions with TLS: user-space memory of Dovecot and the front for each."""
     host = bench.host
-    model = bench.mail.account().address
+    model, made = bench.mail.account().address, 0
     rows = []
     nap, look = bench.scaled((MEMORY_NAP, MEMORY_LOOK), ("1 s", "5"))
     with hibernation(host, nap):
         for count in bench.scaled(SESSIONS, (10, 20)):
             host.exec("systemctl", "restart", "dovecot", "chatmail-front")
-            words = ("--clients", str(count), "--at-a-time", "30")
-            client(host, "create", *words, "--model", model)
+            accounts.on_relay(bench, "create", HELD, made, count - made, model)
+            made = count
+            words = ("--prefix", HELD, "--clients", str(count), "--at-a-time", "30")
             found = client(host, "hold", *words, "--wait", look)
             now = found[f"after {float(look)} s"]
             lost = found["one message to 100 of them"]["lost"]

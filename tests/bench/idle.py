@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Idling IMAP clients, and deliveries timed as wanted; runs on the relay itself, prints JSON.
 
-usage: idle.py create|logins|latency|race|hold [options]
-
-Only Python's own library, because a relay has no other.
+usage: idle.py latency|race|hold [options]; only Python's own library, because a relay has no other.
 
 A client logs in over TLS on port 993, selects its inbox and idles. A message is delivered to Dovecot's LMTP
 socket, as Postfix does; its notification is the untagged EXISTS with the number of messages that makes.
@@ -98,13 +96,10 @@ class Client:
         self.messages = 0
 
     async def login(self, context: ssl.SSLContext, host: str) -> None:
-        """Connect and log in."""
+        """Log in, select the inbox, idle."""
         self.reader, self.writer = await asyncio.open_connection(host, 993, ssl=context)
         await self.line()
         await self.command(f"LOGIN {self.address} {PASSWORD}")
-
-    async def idle(self) -> None:
-        """Select the inbox, idle."""
         await self.command("SELECT INBOX")
         self.writer.write(b"i IDLE\r\n")
         while not (await self.line()).startswith(b"+"):
@@ -154,7 +149,6 @@ async def sessions(args: argparse.Namespace, addresses: list[str]) -> list[Clien
         async with gate:
             client = Client(address)
             await client.login(context, args.host)
-            await client.idle()
             return client
 
     return list(await asyncio.gather(*map(one, addresses)))
@@ -162,9 +156,9 @@ async def sessions(args: argparse.Namespace, addresses: list[str]) -> list[Clien
 
 def addresses(args: argparse.Namespace) -> list[str]:
     """One address a client, or one for all of them; nine letters, as new ones must have."""
-    digits = 9 - len(args.prefix)
-    numbers = [0 if args.one_user else n for n in range(args.first, args.first + args.clients)]
-    return [f"{args.prefix}{number:0{digits}d}@{args.domain}" for number in numbers]
+    return [
+        f"{args.prefix}{0 if args.one_user else n:05d}@{args.domain}" for n in range(args.clients)
+    ]
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
@@ -177,22 +171,6 @@ def spread(seconds: list[float]) -> dict[str, float]:
         "p95 ms": round(ordered[int(len(ordered) * 0.95)], 2),
         "max ms": round(ordered[-1], 2),
     }
-
-
-async def logins(args: argparse.Namespace) -> dict[str, object]:
-    """Log in and out, a few at a time."""
-    context, gate = tls(), asyncio.Semaphore(args.at_a_time)
-
-    async def one(address: str) -> None:
-        async with gate:
-            client = Client(address)
-            await client.login(context, args.host)
-            await client.command("LOGOUT")
-            client.writer.close()
-
-    begin = time.perf_counter()
-    await asyncio.gather(*map(one, addresses(args)))
-    return {"logins": args.clients, "seconds": time.perf_counter() - begin}
 
 
 async def latency(args: argparse.Namespace) -> dict[str, object]:
@@ -287,6 +265,8 @@ def hibernated() -> int:
 
 async def hold(args: argparse.Namespace) -> dict[str, object]:
     """Keep sessions idle, and tell what they cost; then one message to a few of them."""
+    if args.create:
+        create(args)
     before = memory()
     begin = time.perf_counter()
     clients = await sessions(args, addresses(args))
@@ -324,38 +304,32 @@ async def hold(args: argparse.Namespace) -> dict[str, object]:
     return result
 
 
-async def create(args: argparse.Namespace) -> dict[str, object]:
-    """Make the mailboxes, with the password of --model: a login for each would take minutes."""
+def create(args: argparse.Namespace) -> None:
+    """Make the mailboxes, with the password of one that exists: a login for each would take minutes."""
     folder = Path("/var/lib/chatmail/mail") / args.domain
-    model = folder / args.model / "password"
-    password, owner = model.read_bytes(), model.stat()
-    os.setegid(owner.st_gid)
-    os.seteuid(owner.st_uid)
-    os.umask(0o077)
+    model = next(path for path in folder.glob("*/password") if path.stat().st_size)
+    owner = model.stat()
     for address in addresses(args):
-        place = f"{folder}/{address}"
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(place)
-            with open(f"{place}/password", "wb") as file:
-                file.write(password)
-    return {"addresses": args.clients}
-
-
-COMMANDS = {item.__name__: item for item in (create, logins, latency, race, hold)}
+        place = folder / address
+        if place.exists():
+            continue
+        place.mkdir(mode=0o700)
+        (place / "password").write_bytes(model.read_bytes())
+        (place / "password").chmod(owner.st_mode & 0o777)
+        for path in (place, place / "password"):
+            os.chown(path, owner.st_uid, owner.st_gid)
 
 
 def main() -> None:
     """Do as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=list(COMMANDS))
+    parser.add_argument("what", choices=["latency", "race", "hold"])
     parser.add_argument("--domain", required=True)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument(
         "--prefix", default="idle", help="four letters that the addresses begin with"
     )
     parser.add_argument("--clients", type=int, default=1)
-    parser.add_argument("--first", type=int, default=0, help="number of the first address")
-    parser.add_argument("--model", default="", help="address that has PASSWORD")
     parser.add_argument("--one-user", action="store_true", help="all clients are one user's")
     parser.add_argument("--at-a-time", type=int, default=10, help="logins")
     parser.add_argument("--rounds", type=int, default=1)
@@ -366,10 +340,12 @@ def main() -> None:
     parser.add_argument(
         "--wait", type=float, nargs="*", default=[], help="looks at memory, seconds"
     )
+    parser.add_argument("--create", action="store_true", help="make the mailboxes first")
     args = parser.parse_args()
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-    json.dump(asyncio.run(COMMANDS[args.what](args)), sys.stdout)
+    function = {"latency": latency, "race": race, "hold": hold}[args.what]
+    json.dump(asyncio.run(function(args)), sys.stdout)
     print()
 
 

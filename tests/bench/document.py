@@ -69,6 +69,9 @@ def page(whole: dict[str, Any]) -> str:
     text += "## Budgets\n\n"
     text += f"{len(missed)} missed:\n\n" if missed else "All hold.\n"
     text += "".join(f"* {line}\n" for line in missed)
+    usual = [item.name for item in frame.MEASUREMENTS.values() if not item.by_name_only]
+    if absent := [name for name in usual if name not in whole["results"]]:
+        text += f"\nNot measured yet: {', '.join(absent)}.\n"
     for name, result in whole["results"].items():
         text += section(name, result)
     return text

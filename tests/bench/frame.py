@@ -226,6 +226,6 @@ def machine() -> dict[str, Any]:
         "CPU": found[1] if found else platform.machine(),
         "cores": os.cpu_count(),
         "memory in GiB": round(memory, 1),
-        "kernel": platform.release(),
+        "kernel": ".".join(platform.release().split(".")[:2]),
         "Python": platform.python_version(),
     }

@@ -68,10 +68,10 @@ class Bench:
         """The relay."""
         host = self.lab.host("bench", NUMBER, names=(DOMAIN,))
         self.install_seconds = host.install_relay(DOMAIN)
+        configure(host)  # does not count; a relay on a busy machine gives no new addresses
         begin = time.monotonic() - self.install_seconds
         works(Mail(self.lab, host.address, DOMAIN), HEALTHY_SECONDS)
         self.message_seconds = time.monotonic() - begin
-        configure(host)
         return host
 
     @functools.cached_property

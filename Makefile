@@ -2,16 +2,16 @@
 # The commands people type; .ci/run calls them. All need root: trees, namespaces, containers.
 REPO_URI ?=
 VERSION ?=
+BENCH ?=
 
-.PHONY: help deb repo release lint test test-load bench-storage bench-dovecot demo demo-stop clean distclean
+.PHONY: help deb repo release lint test test-load bench demo demo-stop clean distclean
 
 help:
 	@echo "sudo make demo       build all, boot a Debian 13 container, install the relay in it"
 	@echo "sudo make demo-stop  remove that container"
 	@echo "sudo make test       everything: build, unit tests, lint, repository, containers"
 	@echo "sudo make test-load  10,000 sessions, storms, floods, 1 GB of memory; half an hour"
-	@echo "make bench-storage   expire and report over a million messages, in 5 GB of /dev/shm"
-	@echo "sudo make bench-dovecot  the notify plugin: 100,000 notifications, 10,000 sessions; two hours"
+	@echo "sudo make bench      what mail, logins, clean-up cost; writes docs/benchmarks.md (BENCH=names)"
 	@echo "sudo make deb        the packages, in build/debs"
 	@echo "sudo make repo       the signed apt repository, in build/repo (REPO_URI=where it will be)"
 	@echo "sudo make release    version, changelog, a repository that keeps several (VERSION= REPO_URI=)"
@@ -36,11 +36,8 @@ test: tools/.host-packages
 test-load: repo
 	tools/test-load
 
-bench-storage:
-	python3 tests/bench/storage.py
-
-bench-dovecot: repo
-	tools/bench-dovecot
+bench: repo
+	tools/bench --document $(BENCH)
 
 demo: tools/.host-packages
 	tools/demo start

@@ -14,7 +14,8 @@ import pytest
 from chatmail_build import debs, paths, release
 from deltachat_rpc_client import DeltaChat, Rpc
 from lab import Lab, image
-from lab.host import Host
+from lab.client import rpc_program
+from lab.host import RELAY_UNITS, Host
 from lab.inet import Internet
 from lab.mail import Mail
 from lab.push import PushServer
@@ -22,19 +23,6 @@ from lab.shell import LabError, wait_for
 
 DOMAIN = "_alpha.example"
 HEALTHY_SECONDS = 60
-RELAY_UNITS = (
-    "unbound.service",
-    "chatmail-doveauth.service",
-    "chatmail-metadata.service",
-    "chatmail-filtermail.service",
-    "dovecot.service",
-    "postfix.service",
-    "nginx.service",
-    "chatmail-front.service",
-    "chatmail-turn.service",
-    "systemd-journald@chatmail.service",
-)
-
 #: Test files that share hosts beside the relay.
 TOGETHER = {
     "internet": ("test_acme", "test_federation", "test_inet", "test_tls"),
@@ -240,18 +228,6 @@ def push(lab: Lab, relay: Host, tmp_path_factory: pytest.TempPathFactory) -> Ite
     yield server
     server.trust(relay, False)
     server.close()
-
-
-def rpc_program() -> Path:
-    """The client's core, as its wheel installed it."""
-    import deltachat_rpc_server
-
-    program = Path(deltachat_rpc_server.__file__).parent / "deltachat-rpc-server"
-    if not program.exists():
-        import shutil
-
-        program = Path(shutil.which("deltachat-rpc-server") or "")
-    return program
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from conftest import rpc_program
 from deltachat_rpc_client import DeltaChat, Rpc
 from lab import Lab
+from lab.client import rpc_program
 
 Person = Any  # deltachat_rpc_client.Account, which has no types
 

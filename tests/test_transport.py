@@ -32,12 +32,8 @@ def beta(lab, relay):
     host.install_relay(BETA)
     host.exec("chatmail-relay", "set", "max_new_addresses_per_hour=100000", "max_load_1m=1000")
     host.exec("chatmail-relay", "apply", timeout=120)
-    for each, domain in ((relay, DOMAIN), (host, BETA)):
-        key = each.sh(
-            "openssl pkey -in /var/lib/chatmail/keys/dkim/rsa.pem -pubout -outform DER | base64 -w0"
-        ).out.strip()
-        text = f"v=DKIM1; k=rsa; p={key}"
-        lab.dns.set(f"chatmail._domainkey.{domain}", "TXT", f'"{text[:200]}" "{text[200:]}"')
+    lab.publish_key(relay, DOMAIN)
+    lab.publish_key(host, BETA)
     yield host
     lab.remove(host)
 

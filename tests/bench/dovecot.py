@@ -1,41 +1,40 @@
 # SPDX-License-Identifier: MIT
-"""The notify plugin and hibernation at scale, on a relay of the lab; docs/dovecot-plugin.md has results.
+"""Idling clients: the notify plugin against stock Dovecot, hibernation, memory a session.
 
-usage: make bench-dovecot, or tools/bench-dovecot latency|race|leaks|memory [NUMBER...]
-
-latency     LMTP's reply to EXISTS and CPU a message, with the plugin and without
-race        100,000 notifications around the moment of hibernation; NUMBER is another count
-leaks       the same with LeakSanitizer in every imap process
-memory      idle sessions, 1,000 and 10,000 or NUMBER..., awake and hibernated, by client_limit
+docs/dovecot-plugin.md has results of the long runs, `race` and `leaks`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import signal
-import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from lab import Lab, image
+from lab import image
 from lab.host import Host
-from lab.shell import wait_for
 
-from . import idle
+from . import accounts, idle
+from .frame import Row, measurement, paired_row
+from .relay import CPU, DOMAIN, Bench, healthy
 
-DOMAIN = "_alpha.example"
 CLIENT = "/root/idle.py"
 SHIPPED = "/usr/share/chatmail-relay/components/dovecot"
 OVERRIDES = "/etc/chatmail/templates/dovecot"
 HOURS = 4 * 3600
+PACKAGE = "dovecot-chatmail"
 
 RACE_CLIENTS = 100  # more than this, and Dovecot on two cores falls behind the clock
 NAP = "1 s"
 
-#: Sessions hibernate after one minute here, idle imap processes end after another, and workers of auth
-#: after five.
-MEMORY_NAP, MEMORY_LOOKS = "1 min", ("5", "400")
-CLIENT_LIMITS = (100, 10)
+MANY = ("max_imap_connections=20000", "max_connections_per_client=60000")
+SETTINGS = "/etc/chatmail/chatmail.ini"
+
+#: Sessions hibernate after one minute here; workers of auth end after five.
+MEMORY_NAP, MEMORY_LOOK = "1 min", "75"
+SESSIONS = (1_000, 10_000)
+HELD = "held"  # four letters that their addresses begin with
 
 #: LeakSanitizer looks at a process that ends. It needs memory without limit, and to be traced by itself,
 #: which a process that has changed its user may not: hence the sockets that _chatmail must reach.
@@ -70,115 +69,113 @@ service anvil {
 """
 
 
-def say(what: str, value: object) -> None:
-    """One line of the result."""
-    print(f"{what}: {value if isinstance(value, str) else json.dumps(value)}", flush=True)
-
-
-def client(host: Host, *words: str) -> dict[str, object]:
+def client(host: Host, *words: str) -> dict[str, Any]:
     """Run idle.py on the relay."""
+    host.write(CLIENT, Path(idle.__file__).read_text())
     done = host.exec("python3", CLIENT, *words, "--domain", DOMAIN, timeout=HOURS)
     return json.loads(done.out)
 
 
-def settings(host: Host, nap: str, more: str = "") -> None:
-    """Let sessions hibernate after *nap*, with *more* settings."""
-    host.exec("mkdir", "-p", OVERRIDES)
+@contextlib.contextmanager
+def hibernation(host: Host, nap: str, more: str = "") -> Iterator[None]:
+    """Many sessions, which hibernate after *nap*, with *more* settings; as before at the end."""
+    before = host.read(SETTINGS)
+    host.exec("chatmail-relay", "set", *MANY)
     shipped = host.read(f"{SHIPPED}/hibernate.conf.j2")
     assert "= 5 mins\n" in shipped
     text = shipped.replace("= 5 mins\n", f"= {nap}\n") + more
-    host.write(f"{OVERRIDES}/hibernate.conf.j2", text)
-    host.exec("chatmail-relay", "apply", timeout=120)
-    decision = host.read("/run/chatmail-dovecot/notify.conf")
-    assert "hibernate.conf" in decision, decision
+    override = f"{OVERRIDES}/hibernate.conf.j2"
+    host.write(override, text)
+    try:
+        host.exec("chatmail-relay", "apply", timeout=120)
+        decision = host.read("/run/chatmail-dovecot/notify.conf")
+        assert "hibernate.conf" in decision, decision
+        yield
+    finally:
+        host.exec("rm", "-f", override)
+        host.write(SETTINGS, before)
+        host.exec("chatmail-relay", "apply", timeout=120)
+        healthy(host)
 
 
-def cpu_seconds(host: Host) -> float:
-    """What dovecot.service has used."""
-    shown = host.exec("systemctl", "show", "-P", "CPUUsageNSec", "dovecot.service").out
-    return int(shown) / 1e9
+@measurement(2)
+def idling(bench: Bench) -> list[Row]:
+    """From LMTP's reply to EXISTS, ten clients in turn; the floor is stock Dovecot, without the plugin."""
+    host = bench.host
+    times: dict[bool, list[float]] = {True: [], False: []}
+    spent: dict[bool, list[float]] = {True: [], False: []}
+    for _round, plugin in bench.interleaved((True, False)):
+        command = "install --no-install-recommends" if plugin else "remove"
+        host.sh(f"apt-get -q --yes {command} {PACKAGE}", timeout=120)
+        client(host, "latency", "--clients", "10", "--rounds", "2")  # all processes are there
+        with CPU(host) as used:
+            words = ("--clients", "10", "--rounds", bench.scaled("5", "1"), "--pause", "1.1")
+            found = client(host, "latency", *words)
+        assert not found["lost"], found
+        times[plugin].append(found["median ms"])
+        spent[plugin].append(1000 * used.units["dovecot.service"] / found["notifications"])
+    host.sh(f"apt-get -q --yes install --no-install-recommends {PACKAGE}", timeout=120)
+    healthy(host)
+    return [
+        paired_row("LMTP to EXISTS, median", "ms", times[True], times[False]),
+        paired_row("Dovecot", "CPU ms a message", spent[True], spent[False]),
+    ]
 
 
-def latency(host: Host, _numbers: list[int]) -> None:
-    """One message to each of ten clients in turn."""
-    host.exec("systemctl", "restart", "dovecot")
-    for name, remove in (("with the plugin", False), ("stock", True)):
-        if remove:
-            host.sh("apt-get remove -q --yes dovecot-chatmail", timeout=120)
-        client(host, "latency", "--clients", "10", "--rounds", "3")  # all processes are there
-        before = cpu_seconds(host)
-        words = ("--clients", "10", "--rounds", "50", "--pause", "1.1")
-        found = client(host, "latency", *words)
-        used = cpu_seconds(host) - before
-        assert isinstance(found["notifications"], int)
-        found["CPU ms a message"] = round(1000 * used / found["notifications"], 2)
-        say(name, found)
-    host.sh("apt-get install -q --yes --no-install-recommends dovecot-chatmail", timeout=120)
+@measurement(4)
+def sessions(bench: Bench) -> list[Row]:
+    """Hibernated IMAP sessions with TLS: user-space memory of Dovecot and the front for each."""
+    host = bench.host
+    model, made = bench.mail.account().address, 0
+    rows = []
+    nap, look = bench.scaled((MEMORY_NAP, MEMORY_LOOK), ("1 s", "5"))
+    with hibernation(host, nap):
+        for count in bench.scaled(SESSIONS, (10, 20)):
+            host.exec("systemctl", "restart", "dovecot", "chatmail-front")
+            accounts.on_relay(bench, "create", HELD, made, count - made, model)
+            made = count
+            words = ("--prefix", HELD, "--clients", str(count), "--at-a-time", "30")
+            found = client(host, "hold", *words, "--wait", look)
+            now = found[f"after {float(look)} s"]
+            lost = found["one message to 100 of them"]["lost"]
+            assert not lost, f"{lost} sessions were not told of a message"
+            label = f"{count:,} sessions, {now['hibernated']:,} of them hibernated"
+            rows += [
+                Row(label, "KiB a session", now["KiB a session"], goal=50, detail=now["MiB"]),
+                Row(f"{count:,} sessions", "logins/s", found["logins a second"]),
+            ]
+    return rows
 
 
-def race(host: Host, numbers: list[int]) -> None:
-    """Deliveries around the moment of hibernation."""
-    rounds = (numbers[0] if numbers else 100_000) // RACE_CLIENTS
-    settings(host, NAP)
-    words = ("--clients", str(RACE_CLIENTS), "--rounds", str(rounds), "--prefix", "race")
-    say("race", client(host, "race", *words))
+@measurement(2, by_name_only=True)
+def race(bench: Bench) -> list[Row]:
+    """100,000 deliveries around the moment of hibernation."""
+    with hibernation(bench.host, NAP):
+        return _race(bench)
 
 
-def leaks(host: Host, numbers: list[int]) -> None:
+@measurement(3, by_name_only=True)
+def leaks(bench: Bench) -> list[Row]:
     """The race, and what LeakSanitizer reports of the imap processes when they end."""
+    host = bench.host
+    image.download(bench.lab.tree, "liblsan0")
     host.sh("apt-get install -q --yes --no-install-recommends liblsan0", timeout=120)
     host.write("/usr/local/bin/imap-sanitized", SANITIZED, 0o755)
     host.exec("install", "-d", "-m", "1777", REPORTS)
-    rounds = (numbers[0] if numbers else 100_000) // RACE_CLIENTS
-    settings(host, NAP, SANITIZED_SETTINGS)
-    words = ("--clients", str(RACE_CLIENTS), "--rounds", str(rounds), "--prefix", "race")
-    say("race", client(host, "race", *words))
-    host.exec("systemctl", "restart", "dovecot")
-    reports = host.files(REPORTS)
-    say("reports of leaks", len(reports))
-    for path in sorted(reports):
+    with hibernation(host, NAP, SANITIZED_SETTINGS):
+        rows = _race(bench)
+        host.exec("systemctl", "restart", "dovecot")
+        reports = sorted(host.files(REPORTS))
+    for path in reports:
         print(host.read(path), flush=True)
+    return [*rows, Row("reports of leaks", "reports", len(reports), budget=0)]
 
 
-def memory(host: Host, numbers: list[int]) -> None:
-    """Idle sessions by client_limit of imap: after the logins, hibernated, and one message to some."""
-    for count in numbers or [1000, 10000]:
-        for limit in CLIENT_LIMITS:
-            processes = -(-count // limit) + 50
-            more = f"service imap {{\n  client_limit = {limit}\n  process_limit = {processes}\n}}\n"
-            settings(host, MEMORY_NAP, more)
-            host.exec("systemctl", "restart", "dovecot", "chatmail-front")
-            words = ("--clients", str(count), "--at-a-time", "30", "--create")
-            found = client(host, "hold", *words, "--wait", *MEMORY_LOOKS)
-            say(f"{count} sessions, client_limit {limit}", found)
-
-
-def main() -> None:
-    """Boot a relay, measure, remove it."""
-    parts: dict[str, Callable[[Host, list[int]], None]] = {
-        function.__name__: function for function in (latency, race, leaks, memory)
-    }
-    if len(sys.argv) > 1 and sys.argv[1] not in parts:
-        sys.exit(__doc__)
-    wanted = sys.argv[1:2] or list(parts)
-    numbers = [int(word) for word in sys.argv[2:]]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # the lab leaves nothing
-    with image.host_tree() as tree:
-        image.download(tree, *(["liblsan0"] if "leaks" in wanted else []))
-    with Lab("bench") as lab:
-        host = lab.host("bench", 11, names=(DOMAIN,))
-        host.install_relay(DOMAIN)
-        wait_for(lambda: "on, hib" in host.exec("chatmail-relay", "status", check=False).out, 60)
-        accounts = ("max_new_addresses_per_hour=100000", "max_load_1m=1000")
-        sessions = ("max_imap_connections=20000", "max_connections_per_client=60000")
-        host.exec("chatmail-relay", "set", *accounts, *sessions)
-        host.exec("chatmail-relay", "apply", timeout=120)
-        host.write(CLIENT, Path(idle.__file__).read_text())
-        session = client(host, "latency", "--clients", "1")  # the model of all mailboxes
-        assert session["lost"] == 0
-        for name in wanted:
-            parts[name](host, numbers)
-
-
-if __name__ == "__main__":
-    main()
+def _race(bench: Bench) -> list[Row]:
+    rounds = bench.scaled(100_000, 1_000) // RACE_CLIENTS
+    words = ("--clients", str(RACE_CLIENTS), "--rounds", str(rounds), "--prefix", "race")
+    found = client(bench.host, "race", *words)
+    return [
+        Row("lost", f"of {found['notifications']:,}", found["lost"], budget=0),
+        Row("LMTP to EXISTS, median", "ms", found["median ms"]),
+    ]

@@ -10,11 +10,13 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import deltachat_rpc_server
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from deltachat_rpc_client import Account, DeltaChat, Rpc
@@ -24,6 +26,12 @@ from .inet import Internet
 
 SPKI = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
 CERTIFICATE = "/var/lib/chatmail/tls/live/fullchain.pem"
+
+
+def rpc_program() -> Path:
+    """The client's core, as its wheel installed it."""
+    program = Path(deltachat_rpc_server.__file__).parent / "deltachat-rpc-server"
+    return program if program.exists() else Path(shutil.which(program.name) or "")
 
 
 @contextlib.contextmanager

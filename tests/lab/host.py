@@ -33,6 +33,19 @@ ENVIRONMENT = {
     "LC_ALL": "C.UTF-8",
     "DEBIAN_FRONTEND": "noninteractive",
 }
+#: What runs on every relay.
+RELAY_UNITS = (
+    "unbound.service",
+    "chatmail-doveauth.service",
+    "chatmail-metadata.service",
+    "chatmail-filtermail.service",
+    "dovecot.service",
+    "postfix.service",
+    "nginx.service",
+    "chatmail-front.service",
+    "chatmail-turn.service",
+    "systemd-journald@chatmail.service",
+)
 BOOT_SECONDS = 60
 STOP_SECONDS = 20
 POWEROFF = signal.SIGRTMIN + 4  # to a systemd manager (systemd(1), Signals); needs no dbus

@@ -95,6 +95,13 @@ class Lab:
         host.prepare()
         return host
 
+    def publish_key(self, relay: Host, domain: str) -> None:
+        """Let the name server know the DKIM key of the relay of *domain*."""
+        path = "/var/lib/chatmail/keys/dkim/rsa.pem"
+        key = relay.sh(f"openssl pkey -in {path} -pubout -outform DER | base64 -w0").out.strip()
+        text = f"v=DKIM1; k=rsa; p={key}"
+        self.dns.set(f"chatmail._domainkey.{domain}", "TXT", f'"{text[:200]}" "{text[200:]}"')
+
     def remove(self, host: Host) -> None:
         """Stop a host and forget it."""
         host.stop()

@@ -15,10 +15,15 @@ def cleartext(sender: str, recipient: str, subject: str = "hi") -> bytes:
     ).encode()
 
 
-def encrypted(sender: str, recipient: str, subject: str = "[...]", marker: bytes = b"") -> bytes:
-    """A syntactically valid PGP/MIME message: one PKESK, one SEIPD."""
-    packets = bytes([0xC1, 3]) + b"abc" + bytes([0xD2, 40]) + (marker + bytes(40))[:40]
-    armor = base64.b64encode(packets).decode()
+def encrypted(
+    sender: str, recipient: str, subject: str = "[...]", marker: bytes = b"", content: int = 40
+) -> bytes:
+    """A syntactically valid PGP/MIME message: one PKESK, one SEIPD of *content* bytes (RFC 9580)."""
+    length = bytes([0xFF]) + content.to_bytes(4, "big")
+    packets = (
+        bytes([0xC1, 3]) + b"abc" + bytes([0xD2]) + length + marker.ljust(content, b"\0")[:content]
+    )
+    armor = base64.encodebytes(packets).decode().rstrip("\n").replace("\n", "\r\n")
     return (
         f"From: <{sender}>\r\nTo: <{recipient}>\r\nSubject: {subject}\r\n"
         f"Message-ID: <{time.monotonic_ns()}@x>\r\nMIME-Version: 1.0\r\n"

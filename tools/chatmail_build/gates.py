@@ -160,7 +160,7 @@ def mypy(source: Source) -> list[str]:
     export MYPYPATH=packages/chatmaild/src:packages/chatmail-relay:packages/chatmail-echobot:tools:tests
     cache=--cache-dir=/tmp/mypy
     status=0
-    for package in chatmaild chatmail_relay chatmail_echobot chatmail_build lab; do
+    for package in chatmaild chatmail_relay chatmail_echobot chatmail_build lab bench; do
         mypy $cache --no-error-summary -p $package || status=1
     done
     for program in tools/*; do

@@ -566,7 +566,7 @@ def test_both_relays_are_well_together(alpha, beta):
     for host in (alpha, beta):
         assert records(host) == (0, {})
     status, said = findings(alpha, BETA)
-    assert (status, bad(said)) == (0, set())
+    assert (status, bad(said)) == (0, set()), said
     there, back = (said[f"delivery {word} {BETA}"]["seconds"] for word in ("to", "from"))
     measured[f"chatmail-relay test {BETA}"] = f"{there:.2f} s to it, {back:.2f} s from it"
 
@@ -587,7 +587,7 @@ def test_a_broken_record_is_found(internet, alpha, name, kind, value, problem):
         assert problem in " ".join(wrong[name, kind])
         if "_domainkey" in name:
             _status, said = findings(alpha, BETA)
-            assert bad(said) == {f"delivery to {BETA}"}
+            assert bad(said) == {f"delivery to {BETA}"}, said
             assert "No valid DKIM signature found" in said[f"delivery to {BETA}"]["detail"]
     finally:
         internet.publish_zone(ALPHA, alpha)

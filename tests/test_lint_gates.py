@@ -104,6 +104,7 @@ def base(top):
         "packages/chatmaild/src/chatmaild",
         "packages/chatmail-relay/chatmail_relay",
         "packages/chatmail-echobot/chatmail_echobot",
+        "tests/bench",
         "tests/lab",
         "tools/chatmail_build",
     ):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The filter as a process of its own, started the way systemd does, and a client of its sockets."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -170,3 +171,15 @@ class Client:
             return self.socket.recv(1) == b""
         except ConnectionResetError:
             return True
+
+
+@contextlib.contextmanager
+def running(folder, ini, **options):
+    """A Service that takes messages, and that no test may have ended."""
+    service = Service(folder, ini, **options)
+    try:
+        service.wait_ready()
+        yield service
+        assert service.process.poll() is None, "the service has died"
+    finally:
+        service.stop()

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from filtermail_mta import content, macros, mail_from, packet, rcpt_to
-from filtermail_process import Client, Service
+from filtermail_process import Client, running
 from filtermail_relay import signed
 from filtermail_samples import ALICE, BOB, REMOTE, armor, encrypted, encrypted_mail, split
 
@@ -36,17 +36,12 @@ def service(tmp_path_factory, mute_resolver):
         f"from chatmaild.filtermail.keys import KeyStore\n"
         f"service.KeyStore = lambda: KeyStore({mute_resolver}, {DNS_TIMEOUT})\n"
     )
-    result = Service(tmp_path_factory.mktemp("limits"), SETTINGS, patch=patch)
-    try:
-        result.wait_ready()
-        session = result.session("outgoing")
+    with running(tmp_path_factory.mktemp("limits"), SETTINGS, patch=patch) as service:
+        session = service.session("outgoing")
         assert session.submit(encrypted_mail()).reply == ""
-        result.idle_descriptors = result.descriptors() - 1
+        service.idle_descriptors = service.descriptors() - 1
         session.socket.close()
-        yield result
-        assert result.process.poll() is None, "the service has died"
-    finally:
-        result.stop()
+        yield service
 
 
 @pytest.fixture

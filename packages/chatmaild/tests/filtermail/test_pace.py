@@ -5,7 +5,7 @@ import time
 
 import pytest
 from filtermail_mta import content, mail_from, packet, rcpt_to
-from filtermail_process import Service
+from filtermail_process import running
 from filtermail_samples import BOB, REMOTE, encrypted_mail
 
 from chatmaild.filtermail.pace import Pace
@@ -30,15 +30,10 @@ def test_nobody_waits_longer_than_the_longest_and_it_ends_soon_after_the_flood()
 def service(tmp_path_factory):
     """Two refusals at once, and then five a second."""
     patch = "service.REFUSALS_PER_SECOND, service.REFUSALS_AT_ONCE = 5, 2\n"
-    result = Service(
+    with running(
         tmp_path_factory.mktemp("pace"), "max_user_send_burst_size = 1000\n", patch=patch
-    )
-    try:
-        result.wait_ready()
-        yield result
-        assert result.process.poll() is None, "the service has died"
-    finally:
-        result.stop()
+    ) as service:
+        yield service
 
 
 def test_a_flood_of_junk_waits_and_others_do_not(service):

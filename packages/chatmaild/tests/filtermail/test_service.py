@@ -17,7 +17,7 @@ from filtermail_mta import (
     packet,
     rcpt_to,
 )
-from filtermail_process import NAMES, Client, Service, environment
+from filtermail_process import NAMES, Client, Service, environment, running
 from filtermail_relay import signed
 from filtermail_samples import ALICE, BOB, REMOTE, armor, encrypted, encrypted_mail, plain_mail
 
@@ -25,16 +25,11 @@ from filtermail_samples import ALICE, BOB, REMOTE, armor, encrypted, encrypted_m
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
     """One process for the tests that do not end it."""
-    result = Service(
+    with running(
         tmp_path_factory.mktemp("filtermail"),
         "max_user_send_burst_size = 1000\ndkim_ed25519 = yes\n",
-    )
-    try:
-        result.wait_ready()
-        yield result
-        assert result.process.poll() is None, "the service has died"
-    finally:
-        result.stop()
+    ) as service:
+        yield service
 
 
 def test_mail_is_judged_over_the_real_sockets(service):

@@ -39,6 +39,9 @@ def short(lab, relay):
         wanted = [item for item in frame.MEASUREMENTS.values() if not item.by_name_only]
         found = frame.run(bench, wanted)
         lab.remove(bench.host)
+    for row in found["results"].get("install", {"rows": []})["rows"]:
+        if row["name"].startswith("first message"):
+            measured["apt install to first message"] = f"{row['value']:.1f} s (goal 60 s)"
     return found
 
 

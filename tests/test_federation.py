@@ -562,11 +562,20 @@ def records(host):
     return done.code, {(item["name"], item["type"]): item["problems"] for item in wrong}
 
 
+def way_of_mail(since, *hosts):
+    """What waits in the queues, and what was logged since, for who wants to know where a message is."""
+    return "\n".join(
+        f"{host.name}: {waiting(host)}\n{host.journal('chatmail', f'--since=@{since:.6f}')[-4000:]}"
+        for host in hosts
+    )
+
+
 def test_both_relays_are_well_together(alpha, beta):
     for host in (alpha, beta):
         assert records(host) == (0, {})
+    since = time.time()
     status, said = findings(alpha, BETA)
-    assert (status, bad(said)) == (0, set()), said
+    assert (status, bad(said)) == (0, set()), way_of_mail(since, alpha, beta)
     there, back = (said[f"delivery {word} {BETA}"]["seconds"] for word in ("to", "from"))
     measured[f"chatmail-relay test {BETA}"] = f"{there:.2f} s to it, {back:.2f} s from it"
 
@@ -579,7 +588,8 @@ def test_both_relays_are_well_together(alpha, beta):
         (f"_mta-sts.{ALPHA}", "TXT", '"v=STSv1"', "not valid"),
     ],
 )
-def test_a_broken_record_is_found(internet, alpha, name, kind, value, problem):
+def test_a_broken_record_is_found(internet, alpha, beta, name, kind, value, problem):
+    since = time.time()
     internet.set(name, kind, value)
     try:
         status, wrong = records(alpha)
@@ -587,7 +597,7 @@ def test_a_broken_record_is_found(internet, alpha, name, kind, value, problem):
         assert problem in " ".join(wrong[name, kind])
         if "_domainkey" in name:
             _status, said = findings(alpha, BETA)
-            assert bad(said) == {f"delivery to {BETA}"}, said
+            assert bad(said) == {f"delivery to {BETA}"}, way_of_mail(since, alpha, beta)
             assert "No valid DKIM signature found" in said[f"delivery to {BETA}"]["detail"]
     finally:
         internet.publish_zone(ALPHA, alpha)

@@ -36,9 +36,12 @@ EVERYTHING = {
 
 
 def findings(host, *words, timeout=180):
-    """Exit status, and findings by name."""
+    """Exit status, and findings by name; what is not well is printed."""
     done = host.exec("chatmail-relay", "test", "--json", *words, check=False, timeout=timeout)
-    return done.code, {item["what"]: item for item in json.loads(done.out)}
+    found = {item["what"]: item for item in json.loads(done.out)}
+    for name in sorted(bad(found)):
+        print(f"{host.name}: {name}: {found[name]['detail']}")
+    return done.code, found
 
 
 def bad(found):

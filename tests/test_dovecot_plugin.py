@@ -16,7 +16,7 @@ from lab.messages import encrypted
 from lab.shell import wait_for
 
 PACKAGE = "dovecot-chatmail"
-PLUGIN = "/usr/lib/dovecot/modules/lib30_chatmail_notify_plugin.so"
+PLUGIN = "/usr/lib/dovecot-chatmail/lib30_chatmail_notify_plugin.so"
 DECISION = "/run/chatmail-dovecot/notify.conf"
 TEMPLATE = "hibernate.conf.j2"
 SHIPPED = "/usr/share/chatmail-relay/components/dovecot"
@@ -230,6 +230,28 @@ def whole_again(relay):
     yield
     relay.sh(f"apt-get install -q --yes --reinstall --no-install-recommends {PACKAGE}", timeout=120)
     wait_for(lambda: finding(relay)["detail"] == "plugin on, hibernation on", 20, "the plugin")
+
+
+def test_a_new_version_is_in_force_without_a_restart(relay, mail, whole_again):
+    """Another file, of the same content here: sessions of before go on with the old one."""
+    account, log = mail.account(), "reloading configuration"
+    session = idling(mail, account)
+    main = relay.exec("systemctl", "show", "-P", "MainPID", "dovecot.service").out
+    inode, since = relay.exec("stat", "-c", "%i", PLUGIN).out.strip(), time.time()
+    relay.sh(f"apt-get install -q --yes --reinstall --no-install-recommends {PACKAGE}", timeout=120)
+    relay.wait_log(log, since, "chatmail")
+    assert relay.exec("systemctl", "show", "-P", "MainPID", "dovecot.service").out == main
+    assert relay.exec("stat", "-c", "%i", PLUGIN).out.strip() != inode
+    send(mail, account)
+    told(session)
+    done(session)
+    session.logout()
+    fresh = idling(mail, account)
+    send(mail, account)
+    told(fresh)
+    new = relay.exec("stat", "-c", "%i", PLUGIN).out.strip()
+    assert relay.sh(f"grep -l ' {new} .*{PLUGIN}$' /proc/[0-9]*/maps").out
+    fresh.logout()
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 """HTTP requests and the answers of /new, without sockets."""
 
 import json
+import math
 import re
 import time
+from collections import Counter
 from http import HTTPStatus
 from types import SimpleNamespace
 from urllib.parse import parse_qs
@@ -218,6 +220,47 @@ def test_a_relay_that_takes_nobody_says_so_to_the_user(tmp_path, why):
     assert response.status == HTTPStatus.SERVICE_UNAVAILABLE
     assert "new accounts" in json.loads(response.body)["reason"]
     assert b"secret detail" not in response.body
+
+
+def test_the_machine_is_looked_at_twice_a_second_at_most(tmp_path, monkeypatch):
+    made, looks, now = service(tmp_path), [], [1000.0]
+    busy = [False]
+
+    def look():
+        looks.append(now[0])
+        if busy[0]:
+            raise Refused("load", "")
+
+    made.gate.check_machine = look
+    monkeypatch.setattr(newemail.time, "monotonic", lambda: now[0])
+    assert [post(made)[0] for _ in range(3)] == [200] * 3 and len(looks) == 1
+    busy[0] = True
+    now[0] += newemail.MACHINE_SECONDS
+    assert [post(made)[0] for _ in range(2)] == [503] * 2 and len(looks) == 2
+    busy[0] = False
+    now[0] += newemail.MACHINE_SECONDS
+    assert post(made)[0] == 200 and len(looks) == 3
+
+
+@pytest.mark.parametrize("size", [1, 2, 36, 94, 256])
+def test_every_character_is_as_likely_as_any_other(size):
+    """For 94 of 256 octets, the remainder alone would give the first 68 half as much again."""
+    alphabet = "".join(chr(256 + number) for number in range(size))
+    count, rounds = Counter(), 400 * size
+    for _ in range(40):
+        count.update(newemail.random_text(alphabet, rounds // 40))
+    assert count.total() == rounds and set(count) == set(alphabet)
+    # of a fair choice the square sum has the mean *size* - 1, and its root is 6 deviations off once in 1e9
+    squares = sum((found - 400) ** 2 / 400 for found in count.values())
+    assert squares < size + 6 * math.sqrt(2 * size) + 20
+
+
+def test_only_what_reads_a_file_takes_a_thread(tmp_path):
+    made, invited = service(tmp_path), service(tmp_path, BY_TOKEN)
+    assert made.is_quick(Request("POST", "/new", True))
+    for request in (Request("GET", "/new", True), Request("POST", "/invite", True)):
+        assert not made.is_quick(request)
+    assert not invited.is_quick(Request("POST", "/new", True))
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("PUT", "/new", 405), ("GET", "/", 404)])

@@ -24,6 +24,7 @@ import asyncio
 import html
 import json
 import logging
+import math
 import secrets
 import string
 import time
@@ -54,6 +55,7 @@ MAX_REQUESTS_IN_DISK = 4  # threads that wait for the disk
 MAX_FIELDS = 8  # of the query
 REQUEST_SECONDS = 10.0  # from the first byte of a request to its last
 IDLE_SECONDS = 65.0  # a little more than nginx' keepalive_timeout to upstreams
+MACHINE_SECONDS = 0.5  # how long it is known whether the machine is at its limits
 
 _USERNAME = string.ascii_lowercase + string.digits
 _PASSWORD = string.ascii_letters + string.digits + string.punctuation
@@ -81,6 +83,15 @@ class NewEmail:
         self.store = store
         self.tokens = tokens
         self.sources = SourceLimiter(config.max_new_addresses_per_hour)
+        self._machine = (-math.inf, True)  # until when it is known, and whether it takes new accounts
+
+    def is_quick(self, request: Request) -> bool:
+        """Whether the answer needs no file: the only look at the disk is for a name that nobody has."""
+        return (
+            request.method == "POST"
+            and request.path in PATHS
+            and self.config.registration != "token"
+        )
 
     def respond(self, request: Request) -> Response:
         """The answer to a request. Blocks for the disk; never raises."""
@@ -143,9 +154,7 @@ class NewEmail:
                 HTTPStatus.SERVICE_UNAVAILABLE,
                 "this relay does not take new accounts at the moment",
             )
-        try:
-            self.gate.check_machine()
-        except Exception:
+        if not self._machine_is_well():
             return _error(
                 HTTPStatus.SERVICE_UNAVAILABLE, "this relay is too busy for new accounts, try later"
             )
@@ -160,9 +169,7 @@ class NewEmail:
         address = self._free_address()
         if address is None:
             return _error(HTTPStatus.SERVICE_UNAVAILABLE, "no free address found, try again")
-        password = "".join(
-            secrets.choice(_PASSWORD) for _ in range(self.config.password_min_length + 3)
-        )
+        password = random_text(_PASSWORD, self.config.password_min_length + 3)
         if by_token:
             try:
                 self.tokens.reserve(token, address, password, time.time())
@@ -174,16 +181,37 @@ class NewEmail:
             account["dclogin_url"] = login_url(address, password)
         return _json(HTTPStatus.OK, account)
 
+    def _machine_is_well(self) -> bool:
+        now = time.monotonic()
+        until, well = self._machine
+        if now >= until:
+            try:
+                self.gate.check_machine()
+                well = True
+            except Exception:
+                well = False
+            self._machine = now + MACHINE_SECONDS, well
+        return well
+
     def _free_address(self) -> str | None:
         """An address nobody has; None if there is hardly any left (very short names)."""
         for _ in range(_TRIES):
-            user = "".join(
-                secrets.choice(_USERNAME) for _ in range(self.config.username_max_length)
-            )
+            user = random_text(_USERNAME, self.config.username_max_length)
             address = f"{user}@{self.config.mail_domain}"
             if not self.store.mailbox_path(address).exists():
                 return address
         return None
+
+
+def random_text(alphabet: str, length: int) -> str:
+    """Characters of *alphabet* (at most 256), each as likely as any other, from the system's generator."""
+    size = len(alphabet)
+    fair = 256 - 256 % size  # an octet beyond would favour the first ones
+    text = ""
+    while len(text) < length:
+        octets = secrets.token_bytes(2 * length)
+        text += "".join(alphabet[octet % size] for octet in octets if octet < fair)
+    return text[:length]
 
 
 def _token(query: str) -> str:
@@ -248,9 +276,12 @@ class Server:
                         writer.write(response.render(keep_alive=False))
                         return
                     if request is not None:
-                        response = await loop.run_in_executor(
-                            self.executor, self.service.respond, request
-                        )
+                        if self.service.is_quick(request):  # quicker than a thread takes it up
+                            response = self.service.respond(request)
+                        else:
+                            response = await loop.run_in_executor(
+                                self.executor, self.service.respond, request
+                            )
                         writer.write(
                             response.render(
                                 keep_alive=request.keep_alive, with_body=request.method != "HEAD"

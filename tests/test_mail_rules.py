@@ -408,6 +408,25 @@ def test_one_client_holds_so_many_connections_and_others_still_get_in(mail, rela
     wait_for(lambda: not is_refused(lab.client, ipv4), 20, "the settings as they were")
 
 
+def test_one_relay_holds_half_of_port_25_and_others_still_get_in(relay, lab):
+    limit = int(relay.exec("postconf", "-h", "smtpd_client_connection_count_limit").out)
+    (line,) = relay.exec("postconf", "-F", "smtp/inet/process_limit").out.splitlines()
+    assert int(line.split()[-1]) == 2 * limit
+    other = lab.place("relay", 44)
+
+    with contextlib.ExitStack() as stack:
+
+        def greeting(place):
+            with inside(place):
+                connection = socket.create_connection((relay.address, 25), 30)
+            stack.enter_context(connection)
+            return connection.makefile("rb").readline()[:4]
+
+        assert [greeting(lab.client) for _ in range(limit)] == [b"220 "] * limit
+        assert greeting(lab.client) == b"421 "
+        assert greeting(other) == b"220 "
+
+
 def test_the_password_file_is_a_hash_and_private(mail, relay, alice):
     place = f"/var/lib/chatmail/mail/{DOMAIN}/{alice.address}"
     assert relay.read(f"{place}/password").startswith("{SHA512-CRYPT}$6$")

@@ -2,6 +2,7 @@
 """What the relay lets pass and what it says to the rest, over raw SMTP and IMAP."""
 
 import base64
+import contextlib
 import hashlib
 import imaplib
 import re
@@ -412,7 +413,7 @@ def test_one_relay_holds_half_of_port_25_and_others_still_get_in(relay, lab):
     limit = int(relay.exec("postconf", "-h", "smtpd_client_connection_count_limit").out)
     (line,) = relay.exec("postconf", "-F", "smtp/inet/process_limit").out.splitlines()
     assert int(line.split()[-1]) == 2 * limit
-    other = lab.place("relay", 44)
+    other = lab.place("farther", 44)
 
     with contextlib.ExitStack() as stack:
 

@@ -251,6 +251,7 @@ def test_a_new_version_is_in_force_without_a_restart(relay, mail, whole_again):
     told(fresh)
     new = relay.exec("stat", "-c", "%i", PLUGIN).out.strip()
     assert relay.sh(f"grep -l ' {new} .*{PLUGIN}$' /proc/[0-9]*/maps").out
+    done(fresh)
     fresh.logout()
 
 

@@ -221,6 +221,23 @@ def test_a_reload_leaves_idle_and_hibernated_sessions(relay, mail, naps):
     session.logout()
 
 
+def test_a_restart_leaves_nothing_to_wait_for(relay, mail):
+    """A session that goes on does not hold it up, and what has not changed is not looked at again."""
+    session = idling(mail, mail.account())
+    since = restart(relay)
+    relay.wait_log("notify plugin: as before", since, "chatmail")
+    while session.readline():
+        pass
+    assert relay.exec("systemctl", "show", "-P", "Result", "dovecot.service").out == "success\n"
+    log = relay.journal("*", "-u", "dovecot.service", f"--since=@{since:.6f}")
+    assert "Deactivated successfully" in log and "timed out" not in log and "left-over" not in log
+    log_in(mail)
+    # any of what it depends on
+    relay.exec("touch", PLUGIN)
+    since = restart(relay)
+    relay.wait_log("notify plugin: on", since, "chatmail")
+
+
 # --- without it: these end with the plugin on, and hibernation as installed -----------------------------
 
 

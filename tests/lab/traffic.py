@@ -106,7 +106,8 @@ class Traffic:
         logins = self.imap.tries + self.submission.tries
         return (
             f"{len(self.accepted)} messages, all arrived; {logins} logins, refused for at most "
-            f"{self.longest_refusal:.2f} s; no message accepted for at most {self.sending.longest:.2f} s"
+            f"{self.imap.longest:.2f} s by IMAP, {self.submission.longest:.2f} s by submission; "
+            f"no message accepted for at most {self.sending.longest:.2f} s"
         )
 
     def _log_in_by_imap(self) -> None:

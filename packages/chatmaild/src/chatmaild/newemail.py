@@ -83,7 +83,7 @@ class NewEmail:
         self.store = store
         self.tokens = tokens
         self.sources = SourceLimiter(config.max_new_addresses_per_hour)
-        self._machine = (-math.inf, True)  # until when it is known, and whether it takes new accounts
+        self._machine = -math.inf, True  # until when it is known whether it takes accounts
 
     def is_quick(self, request: Request) -> bool:
         """Whether the answer needs no file: the only look at the disk is for a name that nobody has."""

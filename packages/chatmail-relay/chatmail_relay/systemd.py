@@ -57,18 +57,23 @@ def properties(units: list[str], *names: str) -> dict[str, dict[str, str]]:
     return found
 
 
+def services(units: list[str]) -> list[str]:
+    """*units* with the services of sockets in place of these, each once; [] without systemd."""
+    states = properties(units, "Triggers")
+    found = [
+        state.get("Triggers", "") if unit.endswith(".socket") else unit
+        for unit, state in states.items()
+    ]
+    return list(dict.fromkeys(filter(None, found)))
+
+
 def outdated(units: list[str]) -> list[str]:
     """Those of *units*, or services of their sockets, that run a program an upgrade has replaced since.
 
     A daemon's package restarts the daemon's own unit, and knows nothing of units of ours that run it.
     """
-    states = properties(units, "Triggers")
-    services = [
-        state.get("Triggers", "") if unit.endswith(".socket") else unit
-        for unit, state in states.items()
-    ]
     found = []
-    for unit, state in properties(list(dict.fromkeys(filter(None, services))), "MainPID").items():
+    for unit, state in properties(services(units), "MainPID").items():
         try:
             # 0 is none; a timer has not even that
             program = os.readlink(f"/proc/{state.get('MainPID', 0)}/exe")

@@ -32,7 +32,7 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--timeout",
-        type=_seconds,
+        type=seconds,
         default=SECONDS,
         metavar="SECONDS",
         help=f"end after this time ({SECONDS}), cleaning up not included",
@@ -40,14 +40,15 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     sub.set_defaults(run=_run)
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
+    """The type of `--timeout`."""
     try:
-        seconds = float(text)
+        value = float(text)
     except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < 86400:
+        value = 0.0
+    if not 0 < value < 86400:
         raise argparse.ArgumentTypeError("a number of seconds above 0")
-    return seconds
+    return value
 
 
 def _run(paths: Any, options: argparse.Namespace) -> int:

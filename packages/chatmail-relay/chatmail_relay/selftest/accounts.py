@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from ..accounts import AccountError, Relay
 from . import web
 from .net import Imap, Smtp, Target
-from .report import TROUBLE, Wrong
+from .report import TROUBLE, OutOfTime, Wrong, bounded
 
 PREFIX = "ci-"  # what statistics of relays know test accounts by
 _LETTERS = string.ascii_lowercase + string.digits
 USERNAME, PASSWORD = 9, 22  # characters that clients invent
 TOKEN_SECONDS = 900
+CLEAN_UP_SECONDS = 60.0
 NOT_NOW = "the relay takes no new accounts: see registration, and the limits on new addresses"
 
 
@@ -58,11 +59,17 @@ class Account:
 
 
 class Accounts:
-    """The accounts of one relay; *relay* if it is the one of this machine and we are its root."""
+    """The accounts of one relay; *relay* if it is the one of this machine and we are its root.
 
-    def __init__(self, target: Target, relay: Relay | None = None) -> None:
+    *uses* is for how many accounts a token of ours is good, None for any number.
+    """
+
+    def __init__(
+        self, target: Target, relay: Relay | None = None, *, uses: int | None = 2
+    ) -> None:
         self.target = target
         self.relay = relay
+        self._uses = uses
         self.made: list[Account] = []  # what can be used
         self._addresses: list[str] = []  # what may have come into being
         self._token = ""
@@ -80,7 +87,8 @@ class Accounts:
     def by_login(self) -> str:
         """Make an account as `dcaccount:DOMAIN` does: invent it, and log in. Returns how it went."""
         if self._registration == "closed":
-            return self._by_root()
+            self.by_root()
+            return "registration is closed: made by root for this test"
         if self._registration == "token":
             return self.by_new()
         return self._log_in(*self._invented(), "by its first login")
@@ -89,7 +97,7 @@ class Accounts:
         """Make an account as `dcaccount:https://DOMAIN/new` does. Returns how it went."""
         if self._registration == "closed":
             return self._closed()
-        token = self._own_token() if self._registration == "token" else ""
+        token = self.token()
         address, password = web.fresh(self.target, token)
         how = "by /new with a token of this test" if token else "by /new"
         return self._log_in(address, password, how)
@@ -113,35 +121,59 @@ class Accounts:
         self.made.append(account)
         return f"made {how} in {time.monotonic() - begin:.2f} s"
 
-    def _by_root(self) -> str:
+    def by_root(self) -> Account:
+        """Make an account whatever the settings say, as root may on its own relay."""
         assert self.relay is not None
         account = Account(self.target, *self._invented())
         self._addresses.append(account.address)
         with self.relay.as_owner():
             self.relay.mail.create(account.address, account.password)
         self.made.append(account)
-        return "registration is closed: made by root for this test"
+        return account
+
+    def by_first_login(self) -> Account:
+        """An account that does not exist yet: its first login makes it, with a token reserved by root."""
+        account = Account(self.target, *self._invented())
+        if token := self.token():
+            assert self.relay is not None
+            with self.relay.as_owner():
+                self.relay.tokens.reserve(token, account.address, account.password, time.time())
+        self._addresses.append(account.address)
+        return account
 
     def _closed(self) -> str:
         """While registration is closed, /new must say so."""
         try:
             web.fresh(self.target)
         except Wrong as refused:
-            self._by_root()
+            self.by_root()
             return f"registration is closed: {refused}"
         raise Wrong("/new offers an account although registration is closed")
 
-    def _own_token(self) -> str:
-        if not self._token:
+    def token(self) -> str:
+        """What /new wants to see: a token of our own, or "" if none is needed."""
+        if self._registration == "token" and not self._token:
             assert self.relay is not None
             now = time.time()
             with self.relay.as_owner():
                 expires = int(now) + TOKEN_SECONDS
-                self._token = self.relay.tokens.create(2, expires, "self-test", now).token
+                made = self.relay.tokens.create(self._uses, expires, "self-test", now)
+            self._token = made.token
         return self._token
 
     def remove(self) -> str:
-        """Remove what was made; returns what became of it. Raises Wrong if something stays."""
+        """Remove what was made; returns what became of it.
+
+        Raises Wrong if something stays, and after CLEAN_UP_SECONDS.
+        """
+        try:
+            with bounded(CLEAN_UP_SECONDS):
+                return self._remove()
+        except OutOfTime:
+            text = f"not done after {CLEAN_UP_SECONDS:g} s"
+            raise Wrong(text, "see chatmail-relay user list") from None
+
+    def _remove(self) -> str:
         if self.relay is not None:
             return self._delete(self.relay)
         for account in self.made:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
 from chatmaild.config import read_settings
 
@@ -16,9 +15,8 @@ from ..status import Finding
 from . import mail, ports, turn, web
 from .accounts import Accounts
 from .net import Target, host_of, mail_domain, resolve
-from .report import OutOfTime, Report, Wrong, bounded, interruptible, undisturbed
+from .report import Ending, Report, Wrong, attempt, undisturbed
 
-CLEAN_UP_SECONDS = 60.0
 INTERRUPTED = 130  # exit status, as of a shell
 LOOPBACK = ("127.0.0.1",)
 
@@ -37,22 +35,20 @@ def run(paths: Paths, options: argparse.Namespace) -> int:
         raise NotConfigured
     relay = Relay(paths) if domain == own and os.geteuid() == 0 else None
     test = Test(Report(options.json), ask_unbound=own is not None and paths.is_live)
-    interrupted = False
-    try:
-        with interruptible(), bounded(options.timeout):
-            test.relay(domain, relay, tuple(options.address or ()))
-            if options.other:
-                test.other(mail_domain(options.other))
-    except OutOfTime:
+
+    def work() -> None:
+        test.relay(domain, relay, tuple(options.address or ()))
+        if options.other:
+            test.other(mail_domain(options.other))
+
+    ending = attempt(work, options.timeout)
+    if ending is Ending.LATE:
         text = f"not done after {options.timeout:g} s"
         test.report.add(Finding("time", False, text, "what was tried last took it"))
-    except KeyboardInterrupt:
-        interrupted = True
-        print("chatmail-relay: interrupted, cleaning up", file=sys.stderr)
     with undisturbed():
         test.clean_up()
     test.report.end()
-    if interrupted:
+    if ending is Ending.INTERRUPTED:
         return INTERRUPTED
     return 0 if test.report.is_well else 1
 
@@ -114,14 +110,9 @@ class Test:
 
     def clean_up(self) -> None:
         """Remove all accounts; never raises what a check may raise."""
-        try:
-            with bounded(CLEAN_UP_SECONDS):
-                for accounts in self._accounts:
-                    if accounts.leave_something:
-                        self.report.check(f"clean up {accounts.target.host}", "", accounts.remove)
-        except OutOfTime:
-            text = f"not done after {CLEAN_UP_SECONDS:g} s"
-            self.report.add(Finding("clean up", False, text, "see chatmail-relay user list"))
+        for accounts in self._accounts:
+            if accounts.leave_something:
+                self.report.check(f"clean up {accounts.target.host}", "", accounts.remove)
 
     def _target(
         self, domain: str, given: tuple[str, ...], instead: tuple[str, ...]

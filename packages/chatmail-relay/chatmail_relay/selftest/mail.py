@@ -27,7 +27,7 @@ DELIVERY_SECONDS = 30.0
 LOOK_BACK_SECONDS = 5.0  # how often the sender's mailbox is looked into
 FEDERATION_SECONDS = 90.0  # two greetings, DNS and DKIM of a relay never met before
 
-_EXISTS = re.compile(rb"\* [1-9]\d* EXISTS")
+_EXISTS = re.compile(rb"\* ([1-9]\d*) EXISTS")
 _DIAGNOSTIC = re.compile(rb"^Diagnostic-Code: *(.*(?:\r?\n[ \t].*)*)", re.M | re.I)
 
 
@@ -154,7 +154,7 @@ def deliver(sender: Account, recipient: Account, seconds: float) -> tuple[float,
     name, text = message.encrypted(sender.address, recipient.address)
     inbox = recipient.imap()
     try:
-        waiting = _Idle(inbox)
+        waiting = Idle(inbox)
         with contextlib.closing(sender.smtp()) as session:
             code, said = send(session, sender.address, recipient.address, text)
         accepted = time.monotonic()
@@ -163,22 +163,24 @@ def deliver(sender: Account, recipient: Account, seconds: float) -> tuple[float,
         while (left := accepted + seconds - time.monotonic()) > 0:
             noticed = waiting.for_mail(min(left, LOOK_BACK_SECONDS))
             took = time.monotonic() - accepted
+            noticed |= waiting.end()
             for stored in _messages(inbox) if noticed else ():
                 if name.encode() in stored:
                     return took, stored
             if not noticed:
                 _look_back(sender)
-            waiting = _Idle(inbox)
+            waiting = Idle(inbox)
         raise Wrong(f"not there after {seconds:.0f} s")
     finally:
         inbox.shutdown()
 
 
-class _Idle:
-    """The command IDLE (RFC 2177), which imaplib does not know."""
+class Idle:
+    """The command IDLE (RFC 2177), which imaplib does not know; for_mail and end once each."""
 
     def __init__(self, session: Imap) -> None:
         self.session = session
+        self.exists = 0  # messages in the mailbox, if that was told
         self.tag = session._new_tag()
         session.send(self.tag + b" IDLE\r\n")
         while not (line := self._line()).startswith(b"+"):
@@ -192,17 +194,28 @@ class _Idle:
         return bytes(line)
 
     def for_mail(self, seconds: float) -> bool:
-        """End the command when there is mail, or after *seconds*; returns whether there is."""
+        """Wait until there is mail, *seconds* at most; returns whether there is."""
         end = time.monotonic() + seconds
-        found = False
-        while not found and (left := end - time.monotonic()) > 0:
+        while (left := end - time.monotonic()) > 0:
             if not select.select([self.session.sock], [], [], left)[0]:
                 break
-            found = bool(_EXISTS.match(self._line()))
+            if self._notice(self._line()):
+                return True
+        return False
+
+    def end(self) -> bool:
+        """End the command; returns whether that told of mail."""
         self.session.send(b"DONE\r\n")
+        found = False
         while not (line := self._line()).startswith(self.tag):
-            found |= bool(_EXISTS.match(line))
+            found |= self._notice(line)
         return found
+
+    def _notice(self, line: bytes) -> bool:
+        told = _EXISTS.match(line)
+        if told:
+            self.exists = int(told[1])
+        return bool(told)
 
 
 def _messages(session: Imap) -> Iterator[bytes]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import imaplib
 import ipaddress
 import smtplib
@@ -180,17 +181,20 @@ class Answer:
 
 def http(target: Target, path: str, *, method: str = "GET", port: int = 443) -> Answer:
     """One request, of the name of *target*; redirects are not followed."""
-    connection = http_connection(target, port)
+    with contextlib.closing(http_connection(target, port)) as connection:
+        return ask(connection, target, path, method)
+
+
+def ask(connection: http_client.HTTPConnection, target: Target, path: str, method: str) -> Answer:
+    """One of several requests on a *connection*, which must end after an error; raises Wrong, OSError."""
     try:
         connection.request(method, path, headers={"Host": _authority(target.host)})
         response = connection.getresponse()
         body = response.read(BODY_MAX)
-        kind = (response.getheader("Content-Type") or "").partition(";")[0].strip().lower()
-        return Answer(response.status, kind, body, response.getheader("Location") or "")
     except http_client.HTTPException as error:
-        raise Wrong(f"{path}: {type(error).__name__}") from error
-    finally:
-        connection.close()
+        raise Wrong(f"{path.partition('?')[0]}: {type(error).__name__}") from error
+    kind = (response.getheader("Content-Type") or "").partition(";")[0].strip().lower()
+    return Answer(response.status, kind, body, response.getheader("Location") or "")
 
 
 def http_connection(target: Target, port: int) -> http_client.HTTPConnection:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import imaplib
 import json
 import signal
@@ -30,6 +31,14 @@ class Wrong(Exception):
 
 class OutOfTime(BaseException):
     """The time of the whole test is up. Not an Exception: no check must take it for its own."""
+
+
+class Ending(enum.Enum):
+    """How `attempt` ended."""
+
+    DONE = "done"
+    LATE = "late"
+    INTERRUPTED = "interrupted"
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,19 @@ def describe(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return "no answer in time"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def attempt(work: Callable[[], object], seconds: float) -> Ending:
+    """Do *work* for so many *seconds* at most, or until Ctrl-C or SIGTERM, which is said; see bounded."""
+    try:
+        with interruptible(), bounded(seconds):
+            work()
+    except OutOfTime:
+        return Ending.LATE
+    except KeyboardInterrupt:
+        print("chatmail-relay: interrupted, cleaning up", file=sys.stderr)
+        return Ending.INTERRUPTED
+    return Ending.DONE
 
 
 @contextlib.contextmanager

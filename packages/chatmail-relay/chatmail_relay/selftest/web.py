@@ -7,7 +7,7 @@ import dataclasses
 import json
 from xml.etree import ElementTree
 
-from .net import Target, http, resolve
+from .net import Answer, Target, http, resolve
 from .report import Report, Wrong
 
 NGINX = "see systemctl status nginx, and chatmail-relay apply"
@@ -74,7 +74,16 @@ def _policy(target: Target, own: bool) -> str:
 
 def fresh(target: Target, token: str = "") -> tuple[str, str]:
     """Address and password that `/new` makes up; raises Wrong with the relay's reason."""
-    answer = http(target, f"/new?token={token}" if token else "/new", method="POST")
+    return made_up(http(target, new_path(token), method="POST"), target.domain)
+
+
+def new_path(token: str) -> str:
+    """What to POST to for an account; *token* may be empty."""
+    return f"/new?token={token}" if token else "/new"
+
+
+def made_up(answer: Answer, domain: str) -> tuple[str, str]:
+    """Address and password in an *answer* of /new; raises Wrong with the relay's reason."""
     try:
         said = json.loads(answer.body)
     except ValueError:
@@ -86,6 +95,6 @@ def fresh(target: Target, token: str = "") -> tuple[str, str]:
     address, password = said.get("email"), said.get("password")
     if not isinstance(address, str) or not isinstance(password, str):
         raise Wrong("/new answers without an address and a password")
-    if not address.endswith(f"@{target.domain}"):
-        raise Wrong(f"/new makes addresses of another domain than {target.domain}")
+    if not address.endswith(f"@{domain}"):
+        raise Wrong(f"/new makes addresses of another domain than {domain}")
     return address, password

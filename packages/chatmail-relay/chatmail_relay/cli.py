@@ -12,7 +12,7 @@ from typing import Any
 
 from chatmaild.config import FIELDS, ConfigError, read_settings
 
-from . import backup, dns, image, importing, selftest, store
+from . import backup, bench, dns, image, importing, selftest, store
 from .accounts import AccountError, add_commands
 from .apply import (
     NotConfigured,
@@ -55,6 +55,7 @@ ERRORS = (
     TransactionError,
     AccountError,
     BackupError,
+    bench.BenchError,
     importing.ImportProblem,
     OSError,
 )
@@ -124,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     add_commands(commands, common)
     dns.add_command(commands, common)
     selftest.add_command(commands, common)
+    bench.add_command(commands, common)
     backup.add_commands(commands, common)
     importing.add_command(commands, common)
     command("certificate", _certificate, "serve the newest certificate (run when it changes)")

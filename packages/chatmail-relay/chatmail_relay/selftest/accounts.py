@@ -64,9 +64,7 @@ class Accounts:
     *uses* is for how many accounts a token of ours is good, None for any number.
     """
 
-    def __init__(
-        self, target: Target, relay: Relay | None = None, *, uses: int | None = 2
-    ) -> None:
+    def __init__(self, target: Target, relay: Relay | None = None, *, uses: int | None = 2) -> None:
         self.target = target
         self.relay = relay
         self._uses = uses

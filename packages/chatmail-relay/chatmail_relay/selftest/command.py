@@ -14,11 +14,10 @@ from ..paths import Paths
 from ..status import Finding
 from . import mail, ports, turn, web
 from .accounts import Accounts
-from .net import Target, host_of, mail_domain, resolve
+from .net import LOOPBACK, Target, host_of, mail_domain, resolve
 from .report import Ending, Report, Wrong, attempt, undisturbed
 
 INTERRUPTED = 130  # exit status, as of a shell
-LOOPBACK = ("127.0.0.1",)
 
 STATUS = "see chatmail-relay status"
 FILTER = "see systemctl status chatmail-filtermail postfix"

@@ -20,6 +20,7 @@ from .report import Wrong
 
 STEP_SECONDS = 15.0  # for one answer of a server; a refused login takes Dovecot two
 HELO = "[127.0.0.1]"  # what Delta Chat says
+LOOPBACK = ("127.0.0.1",)
 OWN_RESOLVER = "127.0.0.1"  # the relay's unbound
 BODY_MAX = 1 << 20  # octets of a web page
 

@@ -43,9 +43,9 @@ Times in milliseconds and rates depend on the machine and on what else runs on i
 was measured, and the load average at the beginning. Above 0.5, other work shared the machine: its times
 would be shorter on a quiet one.
 
-`chatmail-relay bench` measures what needs no lab, delivery, submission, logins, `/new`, memory, the clean-up and
-`apply`, on any installed relay, by the ways that clients use. It makes accounts of its own and deletes them,
-changes no settings and keeps within the relay's limits; chatmail-relay(8) tells more.
+`chatmail-relay bench` measures what needs no lab on any installed relay, by the ways that clients use:
+delivery, submission, logins, `/new`, memory, the clean-up and `apply`. It makes accounts of its own and
+deletes them, changes no settings and keeps within the relay's limits; chatmail-relay(8) tells more.
 
 """
 

@@ -299,6 +299,13 @@ def test_an_interrupted_test_cleans_up(root, cleaned, monkeypatch, capsys, numbe
     assert cleaned == ["clean"]
 
 
+def test_a_defect_of_the_test_is_cleaned_up_after_as_well(root, cleaned, monkeypatch):
+    doing(monkeypatch, lambda self, *rest: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["test"], root=root)
+    assert cleaned == ["clean"]
+
+
 def test_cleaning_up_is_not_interrupted_and_bounded(monkeypatch, capsys):
     monkeypatch.setattr(accounts, "CLEAN_UP_SECONDS", 0.05)
     test = command.Test(Report(False), ask_unbound=False)

@@ -20,13 +20,13 @@ from ..component import load_components
 from ..paths import Paths
 from ..selftest import tls
 from ..selftest.accounts import Accounts
+from ..selftest.command import INTERRUPTED
 from ..selftest.net import LOOPBACK, Target, host_of, resolve, secure
 from ..selftest.report import TROUBLE, Ending, Wrong, attempt, describe, undisturbed
 from . import BenchError, accounts, machine, mail
 from .frame import Bench, Result, table
 from .limits import Senders
 
-INTERRUPTED = 130  # exit status, as of a shell
 JOURNAL = "systemd-journald@chatmail.service"  # writes what the others log
 
 MEASUREMENTS = (*mail.MEASUREMENTS, *accounts.MEASUREMENTS, *machine.MEASUREMENTS)
@@ -38,15 +38,17 @@ def run(paths: Paths, options: argparse.Namespace) -> int:
     results = [
         Result(item) for item in MEASUREMENTS if not options.part or item.part in options.part
     ]
-    ending = attempt(lambda: measure(bench, results, options.rounds), options.timeout)
+    try:
+        ending = attempt(lambda: measure(bench, results, options.rounds), options.timeout)
+    finally:
+        with undisturbed():
+            left = clean_up(bench.accounts)
     if ending is not Ending.DONE:
         late = ending is Ending.LATE
         text = f"not done after {options.timeout:g} s" if late else "interrupted"
         for result in results:
             if result.rounds < options.rounds:
                 result.trouble = result.trouble or text
-    with undisturbed():
-        left = clean_up(bench.accounts)
     rows = [row for result in results for row in result.rows()]
     if options.json:
         print(json.dumps([row.as_data() for row in rows], indent=1))
@@ -74,23 +76,28 @@ def _bench(paths: Paths, messages: int) -> Bench:
 
 
 def _target(paths: Paths, domain: str) -> Target:
-    """This relay at its public address, or on loopback while it has none; raises BenchError."""
+    """This relay at its public address, or on loopback if that is not reached; raises BenchError."""
     host = host_of(domain)
     try:
-        addresses = resolve(host, own=True)
+        public = resolve(host, own=True)
     except Wrong:
-        addresses = LOOPBACK
-    target = Target(domain, host, addresses)
+        public = ()
     pair = live(paths)
-    try:
-        with secure(target, 443, "http/1.1") as connection:
-            there = tls.peer(connection)
-    except (Wrong, *TROUBLE) as error:
-        raise BenchError(f"port 443: {describe(error)}; see chatmail-relay status") from error
-    if pair is None or pair.certificate.public_bytes(Encoding.DER) != there:
-        text = f"{host} ({', '.join(addresses)}) has another certificate than this machine"
+    ours = None if pair is None else pair.certificate.public_bytes(Encoding.DER)
+    trouble = ""
+    for addresses in filter(None, (public, LOOPBACK)):
+        target = Target(domain, host, addresses)
+        try:
+            with secure(target, 443, "http/1.1") as connection:
+                there = tls.peer(connection)
+        except TROUBLE as error:
+            trouble = describe(error)
+            continue
+        if there == ours:
+            return target
+        text = f"{host} at {', '.join(addresses)} has another certificate than this machine"
         raise BenchError(f"{text}; see chatmail-relay dns, and measure the relay where it runs")
-    return target
+    raise BenchError(f"port 443: {trouble}; see chatmail-relay status")
 
 
 def measure(bench: Bench, results: Sequence[Result], rounds: int) -> None:

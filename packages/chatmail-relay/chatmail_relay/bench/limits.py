@@ -17,7 +17,7 @@ from chatmaild.config import Config
 
 from ..selftest.accounts import NOT_NOW, Account, Accounts
 from ..selftest.net import LOOPBACK, STEP_SECONDS
-from ..selftest.report import Wrong
+from ..selftest.report import Wrong, describe
 
 MOST_SENDERS = 10
 METRICS_PORT = 3905  # chatmail-metrics.socket
@@ -92,19 +92,20 @@ class Senders:
 
 
 def refusals() -> dict[str, int]:
-    """How many new addresses the relay has refused since it started, by reason. Raises OSError."""
+    """How many new addresses the relay has refused since it started, by reason. Raises Wrong."""
     connection = http_client.HTTPConnection(LOOPBACK[0], METRICS_PORT, timeout=STEP_SECONDS)
     with contextlib.closing(connection):
         try:
             connection.request("GET", "/metrics")
             text = connection.getresponse().read(METRICS_MAX).decode("utf-8", "replace")
-        except http_client.HTTPException as error:
-            raise OSError(f"port {METRICS_PORT}: {type(error).__name__}") from error
+        except (OSError, http_client.HTTPException) as error:
+            text = f"the metrics on port {METRICS_PORT} cannot be read: {describe(error)}"
+            raise Wrong(text, "see systemctl status chatmail-metrics.socket") from error
     return {reason: int(count) for reason, count in _REFUSED.findall(text)}
 
 
 def refused(before: Mapping[str, int], config: Config) -> Wrong:
-    """Why the relay refuses a new address now, by what it counts since *before*. Raises OSError."""
+    """Why the relay refuses a new address now, by what it counts since *before*."""
     risen = [reason for reason, count in refusals().items() if count > before.get(reason, 0)]
     known = [reason for reason in risen if reason in SETTINGS]
     return limited(SETTINGS[known[0]], config) if known else Wrong("refused", NOT_NOW)

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .. import systemd
+from ..selftest.command import STATUS
+from ..selftest.report import Wrong
 
 CGROUPS = Path("/sys/fs/cgroup")
 PROC = Path("/proc")
@@ -17,14 +19,20 @@ _PSS = re.compile(r"^Pss: +(\d+) kB$", re.MULTILINE)
 
 
 def _groups(units: Sequence[str]) -> dict[str, Path]:
-    """The control groups of those that run."""
+    """The control groups of those that run; raises Wrong if none does."""
     states = systemd.properties(list(units), "ControlGroup")
     found = {unit: state.get("ControlGroup", "") for unit, state in states.items()}
-    return {unit: CGROUPS / group.lstrip("/") for unit, group in found.items() if group}
+    groups = {unit: CGROUPS / group.lstrip("/") for unit, group in found.items() if group}
+    if not any(map(Path.is_dir, groups.values())):
+        raise Wrong("there are no control groups of the relay's services", STATUS)
+    return groups
 
 
 def cpu_seconds(units: Sequence[str]) -> dict[str, float]:
-    """The time that each unit which runs was on a processor since it started, in user and kernel mode."""
+    """The time that each unit which runs was on a processor since it started, in user and kernel mode.
+
+    Raises Wrong, as memory does.
+    """
     found = {}
     for unit, group in _groups(units).items():
         with contextlib.suppress(FileNotFoundError):  # it ends just now

@@ -40,12 +40,14 @@ def run(paths: Paths, options: argparse.Namespace) -> int:
         if options.other:
             test.other(mail_domain(options.other))
 
-    ending = attempt(work, options.timeout)
+    try:
+        ending = attempt(work, options.timeout)
+    finally:
+        with undisturbed():
+            test.clean_up()
     if ending is Ending.LATE:
         text = f"not done after {options.timeout:g} s"
         test.report.add(Finding("time", False, text, "what was tried last took it"))
-    with undisturbed():
-        test.clean_up()
     test.report.end()
     if ending is Ending.INTERRUPTED:
         return INTERRUPTED

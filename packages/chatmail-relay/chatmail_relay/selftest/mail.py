@@ -13,7 +13,7 @@ from typing import Any
 
 from . import message
 from .accounts import Account
-from .net import IMAP_PORTS, SUBMISSION_PORTS, Imap, Smtp, Target
+from .net import IMAP_PORTS, STEP_SECONDS, SUBMISSION_PORTS, Imap, Smtp, Target
 from .report import TROUBLE, Wrong, describe
 
 CAPABILITIES = ("IDLE", "METADATA", "QUOTA", "XCHATMAIL", "XDELTAPUSH")
@@ -25,6 +25,7 @@ STRANGER = "self-test@example.org"  # of a domain that sends no mail, so that no
 TRACES = ("Received", "DKIM-Signature", "Authentication-Results")
 DELIVERY_SECONDS = 30.0
 LOOK_BACK_SECONDS = 5.0  # how often the sender's mailbox is looked into
+TLS_RECORD = 1 << 14  # octets at most; one that is read in part would be nothing for select(2), too
 FEDERATION_SECONDS = 90.0  # two greetings, DNS and DKIM of a relay never met before
 
 _EXISTS = re.compile(rb"\* ([1-9]\d*) EXISTS")
@@ -176,30 +177,26 @@ def deliver(sender: Account, recipient: Account, seconds: float) -> tuple[float,
 
 
 class Idle:
-    """The command IDLE (RFC 2177), which imaplib does not know; for_mail and end once each."""
+    """The command IDLE (RFC 2177), which imaplib does not know; call for_mail once, then end.
+
+    Reads by itself: what waits in imaplib's buffer would be nothing for select(2).
+    """
 
     def __init__(self, session: Imap) -> None:
         self.session = session
         self.exists = 0  # messages in the mailbox, if that was told
+        self._received = b""
         self.tag = session._new_tag()
         session.send(self.tag + b" IDLE\r\n")
-        while not (line := self._line()).startswith(b"+"):
+        while not (line := self._answer()).startswith(b"+"):
             if line.startswith(self.tag):
                 raise Wrong("IDLE is refused")
-
-    def _line(self) -> bytes:
-        line = self.session.readline()
-        if not line:
-            raise Wrong("the server ended the session during IDLE")
-        return bytes(line)
 
     def for_mail(self, seconds: float) -> bool:
         """Wait until there is mail, *seconds* at most; returns whether there is."""
         end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
-            if not select.select([self.session.sock], [], [], left)[0]:
-                break
-            if self._notice(self._line()):
+        while line := self._line(end):
+            if self._notice(line):
                 return True
         return False
 
@@ -207,7 +204,7 @@ class Idle:
         """End the command; returns whether that told of mail."""
         self.session.send(b"DONE\r\n")
         found = False
-        while not (line := self._line()).startswith(self.tag):
+        while not (line := self._answer()).startswith(self.tag):
             found |= self._notice(line)
         return found
 
@@ -216,6 +213,26 @@ class Idle:
         if told:
             self.exists = int(told[1])
         return bool(told)
+
+    def _answer(self) -> bytes:
+        """A line that the server owes us."""
+        line = self._line(time.monotonic() + STEP_SECONDS)
+        if not line:
+            raise TimeoutError("no answer to IDLE")
+        return line
+
+    def _line(self, end: float) -> bytes:
+        """The next line, with its end; nothing if it is not there at *end*, of the monotonic clock."""
+        while b"\n" not in self._received:
+            left = max(end - time.monotonic(), 0)
+            if not select.select([self.session.sock], [], [], left)[0]:
+                return b""
+            data = self.session.sock.recv(TLS_RECORD)
+            if not data:
+                raise Wrong("the server ended the session during IDLE")
+            self._received += data
+        line, newline, self._received = self._received.partition(b"\n")
+        return line + newline
 
 
 def _messages(session: Imap) -> Iterator[bytes]:

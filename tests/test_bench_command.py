@@ -38,7 +38,7 @@ def bench(host, *words):
     return done.code, {(row["part"], row["name"]): row for row in json.loads(done.out)}
 
 
-def test_everything_is_measured_and_the_relay_is_left_as_it_was(relay, mail):
+def test_everything_is_measured_and_the_relay_is_left_as_it_was(relay):
     before, settings = mailboxes(relay), relay.read("/etc/chatmail/chatmail.ini")
     done = relay.exec(
         "chatmail-relay", "bench", "--rounds=1", "--messages=12", "--json", timeout=120

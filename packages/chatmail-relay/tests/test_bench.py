@@ -689,14 +689,14 @@ def test_the_time_is_bounded_wherever_it_waits_and_nothing_stays(run, capsys):
     assert left(run) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_says_what_it_has_and_leaves_nothing(run, capsys, number):
     parts = (breaking(lambda: os.kill(os.getpid(), number)),)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a build in the background
+    before = signal.signal(number, signal.default_int_handler)  # a build in the background
     try:
         assert run(["--json"], parts) == 130
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
     out, err = capsys.readouterr()
     assert [row["trouble"] for row in json.loads(out)] == ["interrupted"]
     assert "cleaning up" in err and left(run) == []

@@ -15,7 +15,14 @@ from chatmail_relay import cli
 from chatmail_relay.accounts import Relay
 from chatmail_relay.paths import Paths
 from chatmail_relay.selftest import accounts, command, mail, message, net, tls, turn
-from chatmail_relay.selftest.report import OutOfTime, Report, Wrong, bounded
+from chatmail_relay.selftest.report import (
+    OutOfTime,
+    Report,
+    Wrong,
+    bounded,
+    interruptible,
+    undisturbed,
+)
 from chatmaild.filtermail.mime import MimeCheck
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -287,14 +294,14 @@ def test_the_time_of_all_is_bounded_wherever_it_waits(root, cleaned, monkeypatch
     assert cleaned == ["clean"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_test_cleans_up(root, cleaned, monkeypatch, capsys, number):
     doing(monkeypatch, lambda self, *rest: os.kill(os.getpid(), number))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a build in the background
+    before = signal.signal(number, signal.default_int_handler)  # a build in the background
     try:
         assert cli.main(["test"], root=root) == 130
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
     assert "cleaning up" in capsys.readouterr().err
     assert cleaned == ["clean"]
 
@@ -324,6 +331,21 @@ def test_the_alarm_is_off_afterwards():
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
     with pytest.raises(OutOfTime), bounded(0.01):
         signal.pause()
+
+
+def test_what_is_ignored_stays_so_and_cleaning_up_ignores_all():
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruptible():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    usual = [signal.getsignal(number) for number in numbers]
+    with undisturbed():
+        for number in numbers:
+            os.kill(os.getpid(), number)
+    assert [signal.getsignal(number) for number in numbers] == usual
 
 
 def test_without_a_relay_here_one_must_be_named(tmp_path, cleaned, monkeypatch, capsys):

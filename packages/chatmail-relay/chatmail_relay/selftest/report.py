@@ -11,14 +11,16 @@ import json
 import signal
 import smtplib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 from ..status import Finding
 
 #: what a broken relay, network or certificate makes the standard library raise
 TROUBLE = (OSError, EOFError, ValueError, smtplib.SMTPException, imaplib.IMAP4.error)
+ENDS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Wrong(Exception):
@@ -117,7 +119,10 @@ def describe(error: BaseException) -> str:
 
 
 def attempt(work: Callable[[], object], seconds: float) -> Ending:
-    """Do *work* for so many *seconds* at most, or until Ctrl-C or SIGTERM, which is said; see bounded."""
+    """Do *work* until it is done, for so many *seconds*, or until Ctrl-C and its like, which is said.
+
+    Main thread only.
+    """
     try:
         with interruptible(), bounded(seconds):
             work()
@@ -147,25 +152,29 @@ def bounded(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM ends what is inside as Ctrl-C does."""
+    """SIGTERM, and the end of the terminal, end what is inside as Ctrl-C does."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
+    # nohup(1) has its reason to ignore one
+    heard = [number for number in ENDS if signal.getsignal(number) != signal.SIG_IGN]
+    with _handled(heard, stop):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Ctrl-C and SIGTERM do not end what is inside."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    """Ctrl-C, SIGTERM, and the end of the terminal do not end what is inside."""
+    with _handled((signal.SIGINT, *ENDS), signal.SIG_IGN):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(numbers: Sequence[signal.Signals], handler: Any) -> Iterator[None]:
+    before = [signal.signal(number, handler) for number in numbers]
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+        for number, usual in zip(numbers, before, strict=True):
+            signal.signal(number, usual)

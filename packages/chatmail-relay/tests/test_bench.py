@@ -238,8 +238,8 @@ def test_the_95th_percentile_needs_samples():
     ("error", "words"),
     [
         (Wrong("limited by x", "wait"), "limited by x; wait"),
-        (ConnectionRefusedError(111, "refused"), "[Errno 111] refused"),
-        (administration.AccountError("no user"), "no user"),
+        (ConnectionRefusedError(111, "refused"), "[Errno 111] refused; see chatmail-relay status"),
+        (administration.AccountError("no user"), "no user; see chatmail-relay status"),
     ],
 )
 def test_after_a_trouble_the_rounds_before_count_and_none_is_tried_again(error, words):
@@ -329,6 +329,7 @@ def imap(monkeypatch):
         logins = []
         limit = 1000
         closed = 0
+        over = False
 
         def __init__(self, target, port):
             assert (target, port) == (TARGET, 993)
@@ -339,12 +340,14 @@ def imap(monkeypatch):
             self.logins.append(address)
 
         def logout(self):
-            pass
+            self.shutdown()
 
         def shutdown(self):
+            assert not self.over  # imaplib's fails the second time
+            self.over = True
             Session.closed += 1
 
-    monkeypatch.setattr(accounts, "Imap", Session)
+    monkeypatch.setattr(throw_away, "Imap", Session)
     return Session
 
 
@@ -559,7 +562,7 @@ def test_the_passes_over_the_mailboxes_change_nothing(bench):
     assert running.trouble == "" and sorted(store.rglob("*")) == before
     found = {row.name: row.samples[0] for row in running.rows()}
     files = sum(path.is_file() for path in before)
-    assert found["fsreport, files"] == pytest.approx(files / found["fsreport"])
+    assert found["fsreport, files"] == pytest.approx(1000 * files / found["fsreport"])
     assert found["fsreport, of the walk"] == pytest.approx(
         found["fsreport"] / found["os.scandir walk"]
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from ..selftest import web
 from ..selftest.accounts import Account
-from ..selftest.net import Imap, ask, http_connection
+from ..selftest.net import ask, http_connection
 from ..selftest.report import Wrong
 from .frame import Bench, Measurement, Round
 from .limits import SETTINGS, Allowance, limited, refusals, refused
@@ -26,12 +26,7 @@ def _rate(accounts: Iterable[Account]) -> float:
     begin = time.monotonic()
     number = 0
     for account in accounts:
-        session = Imap(account.target, 993)
-        try:
-            session.login(account.address, account.password)
-            session.logout()
-        finally:
-            session.shutdown()
+        account.login().logout()
         number += 1
     return number / (time.monotonic() - begin)
 

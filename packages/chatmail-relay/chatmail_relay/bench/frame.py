@@ -11,6 +11,7 @@ from typing import Any
 
 from ..accounts import AccountError, Relay
 from ..selftest.accounts import Accounts
+from ..selftest.command import STATUS
 from ..selftest.net import Target
 from ..selftest.report import TROUBLE, Wrong, describe
 from .limits import Senders
@@ -109,7 +110,7 @@ class Result:
         except Wrong as error:
             self.trouble = "; ".join(filter(None, (str(error), error.remedy)))
         except (AccountError, *TROUBLE) as error:
-            self.trouble = describe(error)
+            self.trouble = f"{describe(error)}; {STATUS}"
 
     def rows(self) -> list[Row]:
         """All its figures, measured or not."""

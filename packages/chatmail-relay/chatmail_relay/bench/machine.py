@@ -62,9 +62,9 @@ def _storage(bench: Bench) -> Round:
             raise Wrong("there are no files in the mailboxes yet")
         walk, expire, report = (end - begin for begin, end in zip(times, times[1:], strict=False))
         return {
-            "os.scandir walk": [walk],
-            "expire --dry-run": [expire],
-            "fsreport": [report],
+            "os.scandir walk": [1000 * walk],
+            "expire --dry-run": [1000 * expire],
+            "fsreport": [1000 * report],
             "os.scandir walk, files": [files / walk],
             "expire --dry-run, files": [files / expire],
             "fsreport, files": [files / report],
@@ -104,9 +104,9 @@ MEASUREMENTS = (
     Measurement(
         "storage",
         {
-            "os.scandir walk": "s",
-            "expire --dry-run": "s",
-            "fsreport": "s",
+            "os.scandir walk": "ms",
+            "expire --dry-run": "ms",
+            "fsreport": "ms",
             "os.scandir walk, files": "files/s",
             "expire --dry-run, files": "files/s",
             "fsreport, files": "files/s",

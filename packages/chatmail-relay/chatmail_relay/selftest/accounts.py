@@ -38,10 +38,19 @@ class Account:
 
     def imap(self, port: int = 993) -> Imap:
         """A session with the inbox selected."""
+        session = self.login(port)
+        try:
+            session.select("INBOX")
+        except BaseException:
+            session.shutdown()
+            raise
+        return session
+
+    def login(self, port: int = 993) -> Imap:
+        """A session of IMAP."""
         session = Imap(self.target, port)
         try:
             session.login(self.address, self.password)
-            session.select("INBOX")
         except BaseException:
             session.shutdown()
             raise

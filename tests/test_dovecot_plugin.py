@@ -17,7 +17,7 @@ from lab.shell import wait_for
 
 PACKAGE = "dovecot-chatmail"
 PLUGIN = "/usr/lib/dovecot-chatmail/lib30_chatmail_notify_plugin.so"
-DECISION = "/run/chatmail-dovecot/notify.conf"
+DECISION = "/run/chatmail/dovecot/notify.conf"
 TEMPLATE = "hibernate.conf.j2"
 SHIPPED = "/usr/share/chatmail-relay/components/dovecot"
 OVERRIDES = "/etc/chatmail/templates/dovecot"

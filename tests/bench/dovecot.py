@@ -88,7 +88,7 @@ def hibernation(host: Host, nap: str, more: str = "") -> Iterator[None]:
     host.write(override, text)
     try:
         host.exec("chatmail-relay", "apply", timeout=120)
-        decision = host.read("/run/chatmail-dovecot/notify.conf")
+        decision = host.read("/run/chatmail/dovecot/notify.conf")
         assert "hibernate.conf" in decision, decision
         yield
     finally:

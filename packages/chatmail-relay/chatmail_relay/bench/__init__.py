@@ -15,7 +15,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from ..selftest import seconds
+from ..selftest import add_timeout
 
 SECONDS = 300
 ROUNDS, MOST_ROUNDS = 5, 20
@@ -54,13 +54,7 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     ):
         text = f"{what} ({usual}, at most {most})"
         sub.add_argument(f"--{name}", type=_up_to(most), default=usual, metavar="N", help=text)
-    sub.add_argument(
-        "--timeout",
-        type=seconds,
-        default=SECONDS,
-        metavar="SECONDS",
-        help=f"end after this time ({SECONDS}), cleaning up not included",
-    )
+    add_timeout(sub, SECONDS)
     sub.set_defaults(run=_run)
 
 

@@ -30,18 +30,22 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help="connect to this address, whatever the DNS says; may be repeated",
     )
-    sub.add_argument(
-        "--timeout",
-        type=seconds,
-        default=SECONDS,
-        metavar="SECONDS",
-        help=f"end after this time ({SECONDS}), cleaning up not included",
-    )
+    add_timeout(sub, SECONDS)
     sub.set_defaults(run=_run)
 
 
-def seconds(text: str) -> float:
-    """The type of `--timeout`."""
+def add_timeout(sub: argparse.ArgumentParser, default: float) -> None:
+    """Add `--timeout`, for what makes accounts and removes them in any case."""
+    sub.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=default,
+        metavar="SECONDS",
+        help=f"end after this time ({default}), cleaning up not included",
+    )
+
+
+def _seconds(text: str) -> float:
     try:
         value = float(text)
     except ValueError:

@@ -3,10 +3,10 @@
 
 import json
 import re
-import subprocess
 
 from conftest import DOMAIN, measured
 from lab.shell import wait_for
+from test_selftest import started
 
 FIGURES = {
     ("delivery", "250 to EXISTS"),
@@ -98,16 +98,7 @@ def test_after_its_time_nothing_stays(relay):
 
 def test_after_an_interruption_nothing_stays(relay):
     before = mailboxes(relay)
-    # tests in the background of a shell ignore Ctrl-C, and so would all they start
-    run = "echo $$; exec env --default-signal=INT chatmail-relay bench delivery --messages=100"
-    running = subprocess.Popen(
-        relay.command("sh", "-c", run),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    process = running.stdout.readline().strip()  # as the host counts
+    running, process = started(relay, "bench", "delivery", "--messages=100")
     wait_for(lambda: len(mailboxes(relay) - before) > 1, 30, "a sender")
     relay.exec("kill", "-INT", process)
     out, err = running.communicate(timeout=60)

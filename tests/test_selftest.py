@@ -275,18 +275,23 @@ def test_an_interrupted_test_leaves_no_accounts(relay):
     assert accounts(relay) == before
 
 
-def interrupted(relay, after):
-    """Press Ctrl-C once the test has said *after*: exit status, and what is said from then on."""
+def started(relay, *words):
+    """`chatmail-relay` with *words*, which Ctrl-C ends, and the number of its process on the host."""
     # tests in the background of a shell ignore Ctrl-C, and so would all they start
-    run = "echo $$; exec env --default-signal=INT chatmail-relay test"
+    run = 'echo $$; exec env --default-signal=INT chatmail-relay "$@"'
     running = subprocess.Popen(
-        relay.command("sh", "-c", run),
+        relay.command("sh", "-c", run, "sh", *words),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    process = running.stdout.readline().strip()  # as the host counts
+    return running, running.stdout.readline().strip()
+
+
+def interrupted(relay, after):
+    """Press Ctrl-C once the test has said *after*: exit status, and what is said from then on."""
+    running, process = started(relay, "test")
     for line in running.stdout:
         if line.startswith(after):
             break

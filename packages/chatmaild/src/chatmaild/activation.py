@@ -86,6 +86,10 @@ class _PriorityFormatter(logging.Formatter):
 
 def setup_logging(level: int = logging.INFO) -> None:
     """Log to stderr with syslog priorities if it is the journal, plainly otherwise."""
+    # what no format of ours names is not looked up for each line (logging HOWTO, "Optimization")
+    logging._srcfile = None  # type: ignore[attr-defined]
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging.logAsyncioTasks = False
     handler = logging.StreamHandler(sys.stderr)
     if os.environ.get("JOURNAL_STREAM"):
         handler.setFormatter(_PriorityFormatter("%(message)s"))

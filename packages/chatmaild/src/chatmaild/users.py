@@ -73,6 +73,7 @@ class MailStore:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._prefix = f"{self.path}/"
 
     def mailbox_path(self, address: str) -> Path:
         """The directory of *address*, whether it exists or not.
@@ -81,6 +82,10 @@ class MailStore:
         both sides, a "/", a control character, a leading dot, a name too long for a file. Letters
         are taken as they are: the caller lower-cases (Dovecot does).
         """
+        return Path(self._folder(address))
+
+    def _folder(self, address: str) -> str:
+        """mailbox_path() as a string: the filter asks three times a recipient, and a Path costs."""
         local, _, domain = address.partition("@")
         if not local or not domain or "@" in domain or local.startswith(".") or "/" in address:
             raise ValueError(f"not an address: {address!r}")
@@ -88,14 +93,14 @@ class MailStore:
             raise ValueError(f"not an address: {address!r}")
         if len(address.encode("utf-8")) > _NAME_MAX:  # also raises ValueError for lone surrogates
             raise ValueError(f"address longer than {_NAME_MAX} bytes")
-        return self.path / address
+        return self._prefix + address
 
     def read_hash(self, address: str) -> str | None:
         """The password hash of an account; None if there is no such account.
 
         Raises Blocked, ValueError (see mailbox_path), and OSError if the file cannot be read.
         """
-        hashed = _read_first_line(self.mailbox_path(address) / "password")
+        hashed = _read_first_line(f"{self._folder(address)}/password")
         if hashed == "":
             raise Blocked(address)
         return hashed
@@ -127,7 +132,7 @@ class MailStore:
 
     def _has_flag(self, address: str, flag: str) -> bool:
         try:
-            os.stat(f"{self.mailbox_path(address)}/{flag}")
+            os.stat(f"{self._folder(address)}/{flag}")
         except (ValueError, FileNotFoundError, NotADirectoryError):
             return False
         return True
@@ -249,13 +254,16 @@ class MailStore:
         return True
 
 
-def _read_first_line(path: Path) -> str | None:
+def _read_first_line(path: str) -> str | None:
     """The first line without its newline, "" for an empty file, None for none."""
     try:
-        with open(path, "rb") as file:
-            line = file.read(_HASH_MAX).partition(b"\n")[0]
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    try:
+        line = os.read(file, _HASH_MAX).partition(b"\n")[0]
+    finally:
+        os.close(file)
     return line.decode("ascii", "replace").strip()
 
 

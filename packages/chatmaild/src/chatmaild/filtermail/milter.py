@@ -270,6 +270,11 @@ class Session:
             if end > len(data):
                 self._need = end - position
                 break
+            if data[position + 4] == 0x44 and length > 1 and data[position + 5] != 0x4D:
+                # Postfix sends some before every header field; only those of MAIL say something here
+                self._require(self._state != _NEGOTIATE)
+                position = end
+                continue
             answer = self._command(data[position + 4], data[position + 5 : end])
             if answer:
                 out.append(answer)
@@ -382,13 +387,10 @@ class Session:
         self._call(self._handler.connect, address)
 
     def _define(self, data: bytes) -> None:
-        """SMFIC_MACRO: the command that follows, then names and values in turn."""
+        """SMFIC_MACRO of MAIL: the command that follows, then names and values in turn."""
         self._require(self._state != _NEGOTIATE and len(data) >= 1)
-        if data[:1] == b"M":
-            strings = [string.decode("latin-1") for string in self._strings(data[1:] or b"\0")]
-            self._macros = dict(zip(strings[0::2], strings[1::2], strict=False))
-        elif len(data) > 1:
-            self._strings(data[1:])
+        strings = [string.decode("latin-1") for string in self._strings(data[1:] or b"\0")]
+        self._macros = dict(zip(strings[0::2], strings[1::2], strict=False))
 
     def _mail(self, data: bytes) -> bytes:
         self._require(self._state not in (_NEGOTIATE, _WAITING))

@@ -200,36 +200,36 @@ LINES = {
         "quota_expire_runs",
         *["quota_expire_removed_files"] * 2,
     ],
-    "Outgoing: encrypted mail accepted": [
-        "filtered_outgoing_mail_count",
-        "outgoing_encrypted_mail_count",
+    "Outgoing: encrypted mail accepted (3)": [
+        *["filtered_outgoing_mail_count"] * 3,
+        *["outgoing_encrypted_mail_count"] * 3,
     ],
-    "Incoming: encrypted mail accepted": [
-        "filtered_incoming_mail_count",
-        "incoming_encrypted_mail_count",
+    "Incoming: encrypted mail accepted (3)": [
+        *["filtered_incoming_mail_count"] * 3,
+        *["incoming_encrypted_mail_count"] * 3,
     ],
-    "Outgoing: unencrypted mail accepted": [
-        "filtered_outgoing_mail_count",
-        "outgoing_unencrypted_mail_count",
-    ],
-    "Incoming: unencrypted mail accepted": [
-        "filtered_incoming_mail_count",
-        "incoming_unencrypted_mail_count",
-    ],
-    "Outgoing: SecureJoin request accepted": [
+    "Outgoing: unencrypted mail accepted (1)": [
         "filtered_outgoing_mail_count",
         "outgoing_unencrypted_mail_count",
     ],
-    "Incoming: SecureJoin request accepted": [
+    "Incoming: unencrypted mail accepted (1)": [
         "filtered_incoming_mail_count",
         "incoming_unencrypted_mail_count",
     ],
-    "Incoming: delivery report accepted": [
+    "Outgoing: SecureJoin request accepted (1)": [
+        "filtered_outgoing_mail_count",
+        "outgoing_unencrypted_mail_count",
+    ],
+    "Incoming: SecureJoin request accepted (1)": [
+        "filtered_incoming_mail_count",
+        "incoming_unencrypted_mail_count",
+    ],
+    "Incoming: delivery report accepted (1)": [
         "filtered_incoming_mail_count",
         "incoming_mailer_daemon_mail_count",
     ],
-    "Bounce: signed mail accepted": [],
-    "Bounce: unsigned mail accepted": [],
+    "Bounce: signed mail accepted (1)": [],
+    "Bounce: unsigned mail accepted (1)": [],
     "1234ABCD: DKIM-Signature field added (s=chatmail, d=example.org)": ["dkim_signed"],
 }
 WHYS = """

@@ -32,7 +32,7 @@ MANY = ("max_imap_connections=20000", "max_connections_per_client=60000")
 SETTINGS = "/etc/chatmail/chatmail.ini"
 
 #: Sessions hibernate after one minute here; workers of auth end after five.
-MEMORY_NAP, MEMORY_LOOK = "1 min", "75"
+MEMORY_NAP, MEMORY_LOOK = "1 min", "330"
 SESSIONS = (1_000, 10_000)
 HELD = "held"  # four letters that their addresses begin with
 

@@ -89,7 +89,7 @@ def setup_logging(level: int = logging.INFO) -> None:
     # what no format of ours names is not looked up for each line (logging HOWTO, "Optimization")
     logging._srcfile = None  # type: ignore[attr-defined]
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging.logAsyncioTasks = False
+    logging.logAsyncioTasks = False  # type: ignore[attr-defined]  # since Python 3.12
     handler = logging.StreamHandler(sys.stderr)
     if os.environ.get("JOURNAL_STREAM"):
         handler.setFormatter(_PriorityFormatter("%(message)s"))

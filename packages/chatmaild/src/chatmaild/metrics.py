@@ -112,6 +112,11 @@ class Counter(Metric):
         """The number now, 0 if nothing was counted there."""
         return self._numbers.get(values, 0)
 
+    def numbers(self) -> dict[tuple[str, ...], float]:
+        """All numbers now, by the values of the labels."""
+        with _lock:
+            return dict(self._numbers)
+
     def samples(self) -> Iterator[str]:
         with _lock:
             numbers = sorted(self._numbers.items())

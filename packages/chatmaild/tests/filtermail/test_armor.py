@@ -88,6 +88,17 @@ def test_anything_else_is_refused_in_any_pieces(name, chunk, incoming):
     assert not check(REFUSED[name], incoming, chunk)
 
 
+@pytest.mark.parametrize("content", [100, 1000, 5000, 40_000])
+def test_a_character_that_is_no_base64_is_found_wherever_it_stands(content):
+    """In one piece, of which the inside of a packet is passed over."""
+    good = armor(encrypted(content))
+    begin, end = good.index(b"\r\n\r\n") + 4, good.rindex(b"\r\n=")
+    assert check(good, False, None)
+    for at in {*range(begin, end, 997), begin, end - 1}:
+        if good[at] not in b"\r\n":
+            assert not check(good[:at] + b"?" + good[at + 1 :], False, None), at
+
+
 @pytest.mark.parametrize(
     "headers",
     [b"Version: ProtonMail\r\n", b"Comment: https://x\r\n", b"Version: 1\r\nCharset: utf-8\r\n"],

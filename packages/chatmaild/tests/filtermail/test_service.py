@@ -3,6 +3,7 @@
 
 import ast
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -124,12 +125,28 @@ def test_the_log_says_what_happened_and_to_nobody(service):
     session = service.session("outgoing")
     session.submit(encrypted_mail())
     session.submit(plain_mail())
-    log = service.log.read_text()
+    deadline = time.monotonic() + 20
+    while not re.search(
+        r"Outgoing: encrypted mail accepted \(\d+\)\n\Z", log := service.log.read_text()
+    ):
+        assert time.monotonic() < deadline, log
+        time.sleep(0.05)
     assert "entering serving loop" in log
-    assert "Outgoing: encrypted mail accepted" in log
     assert "Outgoing: refused, unencrypted mail" in log
     for word in ("alice", "bob", "carol", "example", "Traceback"):
         assert word not in log
+
+
+def test_what_was_accepted_is_told_together_and_at_the_end(start):
+    service = start()
+    session = service.session("outgoing")
+    for _ in range(3):
+        session.submit(encrypted_mail())
+    service.process.send_signal(signal.SIGTERM)
+    assert service.process.wait(20) == 0
+    log = service.log.read_text()
+    numbers = re.findall(r"Outgoing: encrypted mail accepted \((\d)\)", log)
+    assert sum(map(int, numbers)) == 3 > len(numbers)
 
 
 @pytest.fixture

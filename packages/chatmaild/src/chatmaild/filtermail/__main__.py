@@ -9,6 +9,8 @@ what cannot be read is logged and changes nothing. SIGTERM ends idle sessions at
 after their message, which has GRACE seconds. Postfix answers the next command of such a session with
 421 and closes it (milter_default_action = shutdown); nothing was accepted that is not queued. Who
 connects meanwhile waits in the sockets' queues, which are systemd's, for the next process.
+
+The event loop is uvloop's, with which a message takes 0.1 to 0.3 ms less of the processor.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ import sys
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
+
+import uvloop
 
 from chatmaild import metrics
 from chatmaild.activation import ActivationError, listen_sockets, notify, setup_logging
@@ -45,6 +49,8 @@ HANDLERS: dict[str, type[_Handler]] = {
 RECEIVE_SIZE = 1 << 17  # octets; two body packets: recv(2) of more makes the allocator mmap
 IDLE_TIMEOUT = 3600  # seconds; Postfix keeps a session as long as its SMTP client
 SWEEP_INTERVAL = 60  # seconds
+#: Seconds between lines of the log about what was accepted. A line a message was a tenth of the filter's time.
+LOG_INTERVAL = 1.0
 GRACE = 5.0  # seconds for messages under way when the service stops
 BACKLOG = 512
 #: Refusals a second of mail from other relays: each took 10 to 15 ms of all processes together. The wait is
@@ -75,6 +81,8 @@ class Server:
         self.pace = Pace(REFUSALS_PER_SECOND, REFUSALS_AT_ONCE, LONGEST_WAIT)
         self.stopping = False
         self._idle = asyncio.Event()
+        self._told: dict[tuple[str, ...], float] = {}  # accepted messages that the log knows of
+        self._telling: asyncio.TimerHandle | None = None
         # one for all: what recv(2) puts there is consumed before the next recv(2)
         self.buffer = memoryview(bytearray(RECEIVE_SIZE))
 
@@ -110,6 +118,21 @@ class Server:
             log.warning("stopped with %d messages under way", len(self.sessions))
             for session in list(self.sessions):
                 session.abort()
+        self._tell_accepted()
+
+    def accepted(self) -> None:
+        """A message was accepted; the log tells of it soon."""
+        if self._telling is None:
+            loop = asyncio.get_running_loop()
+            self._telling = loop.call_later(LOG_INTERVAL, self._tell_accepted)
+
+    def _tell_accepted(self) -> None:
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
+        for line in policy.accepted_since(self._told):
+            log.info("%s", line)
+        self._told = policy.ACCEPTED.numbers()
 
     def _reload(self) -> None:
         if self.stopping:
@@ -156,12 +179,12 @@ class _Connection(asyncio.BufferedProtocol):
     # asyncio.BufferedProtocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+        # not isinstance(): uvloop's has the methods alone
+        self._transport = cast(asyncio.Transport, transport)
         if self._server.stopping or len(self._server.sessions) >= self._server.max_sessions:
             log.warning("too many sessions")
-            transport.abort()
+            self._transport.abort()
             return
-        self._transport = transport
         self._server.sessions.add(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -206,13 +229,15 @@ class _Connection(asyncio.BufferedProtocol):
         transport = self._transport
         if transport is None:
             return
-        refusals = self.handler.refusals
+        refusals, accepted = self.handler.refusals, self.handler.accepted
         try:
             out = step(argument)
         except Exception as error:  # a bug in the protocol code itself: this session only
             log.error("session ended by %s", type(error).__name__)
             transport.abort()
             return
+        if self.handler.accepted > accepted:
+            self._server.accepted()
         if self.handler.paced and self.handler.refusals > refusals and not self._server.stopping:
             wait = self._server.pace.wait(self._loop.time())
             if wait > 0:
@@ -342,7 +367,8 @@ def main(arguments: list[str]) -> int:
     except (BadSettings, ActivationError) as error:
         log.error("%s", error)
         return 1
-    asyncio.run(server.run(sockets))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(server.run(sockets))
     return 0
 
 

@@ -20,6 +20,7 @@ BEGIN = b"-----BEGIN PGP MESSAGE-----"
 END = b"-----END PGP MESSAGE-----"
 MAX_HEAD = 4096  # octets up to the blank line
 MAX_TAIL = 256  # octets from the first "=" to the END line
+EDGE = 1024  # octets that are decoded at a time, until one is inside a packet
 
 _ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
@@ -107,12 +108,15 @@ class ArmorCheck:
         end = data.find(b"-")
         pad = data.find(b"=", 0, end) if end >= 0 else data.find(b"=")
         stop = pad if pad >= 0 else end if end >= 0 else len(data)
+        position = 0
+        while position < stop:
+            inside = self._walk.indifferent - len(self._quad)
+            text = data[position : min(stop, position + max(inside, EDGE))]
+            if not (self._pass_over(text) if len(text) <= inside else self._text(text)):
+                return self._fail()
+            position += len(text)
         if stop:
             self._line_start = data[stop - 1] == 0x0A
-            text = data if stop == len(data) else data[:stop]
-            inside = stop + len(self._quad) <= self._walk.indifferent
-            if not (self._pass_over(text) if inside else self._text(text)):
-                return self._fail()
         if stop == len(data):
             return b""
         if pad < 0 and (self._quad or not self._line_start):

@@ -38,8 +38,9 @@ PublicKey = rsa.RSAPublicKey | ed25519.Ed25519PublicKey
 
 _FWS = re.compile(rb"[ \t\r\n]+")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
-_TAG_NAME = re.compile(rb"[A-Za-z][A-Za-z0-9_]*\Z")
-_TAG_VALUE = re.compile(rb"[!-:<-~ \t\r\n]*\Z")
+_TAG = rb"[ \t\r\n]*([A-Za-z][A-Za-z0-9_]*)[ \t\r\n]*=([!-:<-~ \t\r\n]*)"
+_TAGS = re.compile(rb"(?:(?:%s;)*%s)?\Z" % (_TAG, _TAG))
+_ONE_TAG = re.compile(_TAG)
 _CRLF = b"\r\n"
 _PREHASHED = utils.Prehashed(hashes.SHA256())
 
@@ -53,19 +54,13 @@ def parse_tags(text: bytes) -> dict[str, bytes]:
 
     Raises DkimError for syntax and for a tag that stands twice.
     """
-    tags: dict[str, bytes] = {}
-    specs = text.split(b";")
-    if not specs[-1].strip(b" \t\r\n"):
-        specs.pop()
-    for spec in specs:
-        name, separator, value = spec.partition(b"=")
-        name = name.strip(b" \t\r\n")
-        if not separator or not _TAG_NAME.match(name) or not _TAG_VALUE.match(value):
-            raise DkimError("tag list syntax")
-        key = name.decode("ascii")
-        if key in tags:
-            raise DkimError("repeated tag")
-        tags[key] = value.strip(b" \t\r\n")
+    text = text.rstrip(b" \t\r\n").removesuffix(b";")
+    if not _TAGS.match(text):
+        raise DkimError("tag list syntax")
+    found = _ONE_TAG.findall(text)
+    tags = {name.decode("ascii"): value.strip(b" \t\r\n") for name, value in found}
+    if len(tags) < len(found):
+        raise DkimError("repeated tag")
     return tags
 
 

@@ -55,6 +55,15 @@ DKIM = metrics.Counter(
 log = logging.getLogger("filtermail")
 
 
+def accepted_since(before: Mapping[tuple[str, ...], float]) -> list[str]:
+    """Lines for the log: what was accepted since ACCEPTED.numbers() was *before*."""
+    return [
+        f"{direction.capitalize()}: {kind} accepted ({number - before.get((direction, kind), 0):.0f})"
+        for (direction, kind), number in sorted(ACCEPTED.numbers().items())
+        if number > before.get((direction, kind), 0)
+    ]
+
+
 @dataclass(frozen=True)
 class Policy:
     """What the handlers of all sessions share. Addresses and domain in lower case."""
@@ -118,6 +127,7 @@ class Handler:
     refuses = True
     paced = False  # whether the shell tells refusals no faster than its pace
     refusals = 0  # told so far
+    accepted = 0  # messages so far
 
     def __init__(self, policy: Policy) -> None:
         self._policy = self._next_policy = policy
@@ -160,8 +170,8 @@ class Handler:
         ]
 
     def _accepted(self, kind: str) -> None:
-        log.info("%s: %s accepted", self.direction, kind)
         ACCEPTED.inc(self.direction.lower(), kind)
+        self.accepted += 1
 
 
 # --- outgoing -------------------------------------------------------------------------------------

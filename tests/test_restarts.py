@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: MIT
+"""Dovecot ends and begins again: who wants to log in waits, and is not refused."""
+
+import time
+
+from conftest import measured
+from lab.shell import wait_for
+from lab.traffic import Traffic, works
+
+#: Seconds; a login that had begun with the Dovecot that ends is cut, and the next one is good.
+LONGEST_REFUSAL = 1.0
+UNIT = "dovecot.service"
+SOCKETS = "/etc/chatmail/dovecot/sockets"
+
+
+def held(relay):
+    """How many sockets systemd holds for Dovecot."""
+    return int(relay.exec("systemctl", "show", "-P", "NFileDescriptorStore", UNIT).out)
+
+
+def wanted(relay):
+    """The sockets it shall hold, a line each."""
+    return [line for line in relay.read(SOCKETS).splitlines() if not line.startswith("#")]
+
+
+def during(mail, what, times):
+    """Mail and logins while something happens to Dovecot, again and again."""
+    with Traffic(mail) as traffic:
+        traffic.more(5)
+        for _ in range(times):
+            what()
+            traffic.more(5)
+    traffic.settle()
+    assert traffic.longest_refusal < LONGEST_REFUSAL, (
+        traffic.imap.reasons,
+        traffic.submission.reasons,
+    )
+    return traffic
+
+
+def test_restarts_of_dovecot_refuse_nobody(relay, mail):
+    traffic = during(mail, lambda: relay.exec("systemctl", "restart", UNIT), 4)
+    measured["4 restarts of Dovecot"] = str(traffic)
+    assert held(relay) == len(wanted(relay)) >= 3
+
+
+def test_reloads_of_dovecot_refuse_nobody(relay, mail):
+    traffic = during(mail, lambda: relay.exec("systemctl", "reload", UNIT), 4)
+    measured["4 reloads of Dovecot"] = str(traffic)
+
+
+def test_a_dovecot_that_is_killed_refuses_nobody(relay, mail):
+    """systemd starts it again after RestartSec=, which the clients wait."""
+    main = relay.exec("systemctl", "show", "-P", "MainPID", UNIT).out
+    traffic = during(mail, lambda: relay.exec("systemctl", "kill", "--signal=KILL", UNIT), 1)
+    assert relay.exec("systemctl", "show", "-P", "MainPID", UNIT).out != main
+    assert traffic.imap.slowest > 1
+
+
+def test_a_dovecot_that_is_stopped_holds_no_port(relay, mail):
+    try:
+        relay.exec("systemctl", "stop", UNIT)
+        assert held(relay) == 0
+        ports = relay.sh(
+            "cut -d' ' -f2 /etc/chatmail/dovecot/sockets | grep -x '[0-9]*' | sort -u"
+        ).out.split()
+        listening = relay.sh("ss -Hltn | awk '{print $4}'").out.split()
+        assert not [address for address in listening if address.rpartition(":")[2] in ports]
+    finally:
+        relay.exec("systemctl", "start", UNIT)
+    works(mail)
+
+
+def test_what_cannot_be_held_is_named_and_left_to_dovecot(relay, mail):
+    """An address that the host does not have; the port of another program Dovecot itself complains of."""
+    relay.sh(f"cp {SOCKETS} /root/sockets; echo '192.0.2.1 143' >>{SOCKETS}")
+    since = time.time()
+    try:
+        relay.exec("systemctl", "restart", UNIT)
+    finally:
+        relay.sh(f"cat /root/sockets >{SOCKETS}")
+    relay.wait_log(
+        "192.0.2.1 port 143 is not held: Cannot assign requested address", since, "chatmail"
+    )
+    wait_for(lambda: held(relay) == len(wanted(relay)), 10, "the others")
+    works(mail)

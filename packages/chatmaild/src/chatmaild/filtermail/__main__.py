@@ -49,7 +49,7 @@ HANDLERS: dict[str, type[_Handler]] = {
 RECEIVE_SIZE = 1 << 17  # octets; two body packets: recv(2) of more makes the allocator mmap
 IDLE_TIMEOUT = 3600  # seconds; Postfix keeps a session as long as its SMTP client
 SWEEP_INTERVAL = 60  # seconds
-#: Seconds between lines of the log about what was accepted. A line a message was a tenth of the filter's time.
+#: Seconds between lines of the log about what was accepted. One a message took a tenth of the filter's time.
 LOG_INTERVAL = 1.0
 GRACE = 5.0  # seconds for messages under way when the service stops
 BACKLOG = 512

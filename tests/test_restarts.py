@@ -7,7 +7,7 @@ from conftest import measured
 from lab.shell import wait_for
 from lab.traffic import Traffic, works
 
-#: Seconds; a login that had begun with the Dovecot that ends is cut, and the next one is good.
+#: Seconds; a login that had begun with the Dovecot that ends may be cut, and the next one is good.
 LONGEST_REFUSAL = 1.0
 UNIT = "dovecot.service"
 SOCKETS = "/etc/chatmail/dovecot/sockets"

@@ -35,8 +35,7 @@ TOOLS = """
     python3-all python3-cryptography python3-debian python3-dkim python3-dnspython python3-h11
     python3-httpcore
     python3-hypothesis python3-jinja2 python3-levenshtein python3-lsprotocol python3-markdown
-    python3-nacl python3-pygls python3-pytest python3-segno python3-uvloop reprepro shellcheck systemd
-    yamllint
+    python3-nacl python3-pygls python3-pytest python3-segno reprepro shellcheck systemd yamllint
 """.split()
 
 

@@ -9,8 +9,6 @@ what cannot be read is logged and changes nothing. SIGTERM ends idle sessions at
 after their message, which has GRACE seconds. Postfix answers the next command of such a session with
 421 and closes it (milter_default_action = shutdown); nothing was accepted that is not queued. Who
 connects meanwhile waits in the sockets' queues, which are systemd's, for the next process.
-
-The event loop is uvloop's, with which a message takes 0.1 to 0.3 ms less of the processor.
 """
 
 from __future__ import annotations
@@ -25,9 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import TypeVar, cast
-
-import uvloop
+from typing import TypeVar
 
 from chatmaild import metrics
 from chatmaild.activation import ActivationError, listen_sockets, notify, setup_logging
@@ -179,12 +175,12 @@ class _Connection(asyncio.BufferedProtocol):
     # asyncio.BufferedProtocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # not isinstance(): uvloop's has the methods alone
-        self._transport = cast(asyncio.Transport, transport)
+        assert isinstance(transport, asyncio.Transport)
         if self._server.stopping or len(self._server.sessions) >= self._server.max_sessions:
             log.warning("too many sessions")
-            self._transport.abort()
+            transport.abort()
             return
+        self._transport = transport
         self._server.sessions.add(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -367,8 +363,7 @@ def main(arguments: list[str]) -> int:
     except (BadSettings, ActivationError) as error:
         log.error("%s", error)
         return 1
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(server.run(sockets))
+    asyncio.run(server.run(sockets))
     return 0
 
 

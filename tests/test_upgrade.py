@@ -29,7 +29,7 @@ DISK = 1500  # MiB
 APT = ("apt-get", "-q", "--yes", "-o", "Dpkg::Use-Pty=0")
 KILLS = 10
 # seconds, while other tests run on the same cores: Postfix and Dovecot restart once each, or neither does
-NO_REFUSAL_LONGER, NOTHING_RESTARTS = 5.0, 2.0
+NO_REFUSAL_LONGER, NOTHING_RESTARTS = 4.0, 2.0
 
 #: Daemons of a relay, by the source packages of Debian whose security updates they get.
 DAEMONS = ("postfix", "dovecot", "nginx", "unbound", "coturn", "python3.13")

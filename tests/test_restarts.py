@@ -70,6 +70,21 @@ def test_a_dovecot_that_is_stopped_holds_no_port(relay, mail):
     works(mail)
 
 
+def test_without_a_configuration_a_restart_holds_no_port(relay, mail):
+    """As at the removal of the relay, and apply is not in its own way then."""
+    conf = "/etc/chatmail/dovecot/dovecot.conf"
+    relay.exec("mv", conf, f"{conf}.away")
+    try:
+        relay.exec("systemctl", "restart", UNIT)
+        assert relay.exec("systemctl", "is-active", UNIT, check=False).out == "inactive\n"
+        assert held(relay) == 0
+    finally:
+        relay.exec("mv", f"{conf}.away", conf)
+        relay.exec("chatmail-relay", "apply", timeout=120)
+        relay.exec("systemctl", "start", UNIT)
+    works(mail)
+
+
 def test_what_cannot_be_held_is_named_and_left_to_dovecot(relay, mail):
     """An address that the host does not have; the port of another program Dovecot itself complains of."""
     relay.sh(f"cp {SOCKETS} /root/sockets; echo '192.0.2.1 143' >>{SOCKETS}")

@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import dataclass
 
+from . import systemd
 from .component import Component
 
 # see proc_net(5): TCP_LISTEN, and TCP_CLOSE, which is what a UDP socket without a peer has
@@ -60,11 +61,19 @@ def foreign_listeners(components: list[Component]) -> list[str]:
             continue
         if not collides(item.address, listener.address):
             continue
+        if listener.process.endswith("(pid 1)") and _is_kept_for(item.unit):
+            continue
         problems.add(
             f"port {item.port} ({item.what}) is in use by {listener.unit or listener.process}: "
             "stop it, or make it listen elsewhere, then run chatmail-relay apply"
         )
     return sorted(problems)
+
+
+def _is_kept_for(unit: str) -> bool:
+    """Whether systemd holds sockets for *unit* between two of its starts (FileDescriptorStoreMax=)."""
+    kept = systemd.properties([unit], "NFileDescriptorStore").get(unit, {})
+    return kept.get("NFileDescriptorStore", "0") != "0"
 
 
 def collides(wanted: str, held: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:

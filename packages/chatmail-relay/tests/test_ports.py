@@ -9,7 +9,7 @@ from ipaddress import ip_address
 from types import SimpleNamespace
 
 import pytest
-from chatmail_relay import status, systemd
+from chatmail_relay import ports, status, systemd
 from chatmail_relay.component import ComponentError, Listen, load_component
 from chatmail_relay.ports import Listener, foreign_listeners, listeners
 
@@ -45,6 +45,18 @@ def test_a_listener_is_found_by_protocol_and_port(tmp_path, protocol, kind):
         problems = foreign_listeners([load_component(path)])
         assert len(problems) == 1 and f"port {port} (toys) is in use by" in problems[0]
     assert listeners({(protocol, port)}) == []
+
+
+@pytest.mark.parametrize(("kept", "problems"), [("1", 0), ("0", 1), (None, 1)])
+def test_what_systemd_holds_for_the_unit_is_no_strangers(tmp_path, monkeypatch, kept, problems):
+    """As it does for dovecot.service, between two starts or while it fails to start."""
+    path = tmp_path / "component.toml"
+    path.write_text(TOML.format(port=143, protocol="tcp"))
+    listener = Listener(("tcp", 143), ip_address("0.0.0.0"), "", "systemd (pid 1)")
+    monkeypatch.setattr(ports, "listeners", lambda ports: [listener])
+    states = {"toy.service": {"NFileDescriptorStore": kept}} if kept else {}
+    monkeypatch.setattr(systemd, "properties", lambda units, *names: states)
+    assert len(foreign_listeners([load_component(path)])) == problems
 
 
 def test_a_udp_socket_with_a_peer_is_no_listener():

@@ -38,6 +38,7 @@ def test_labels_are_values_in_the_order_of_their_names():
     assert 'chatmail_mail_total{direction="incoming",verdict="accepted"} 1' in lines(registry)
     assert r'verdict="so \"called\"\n\\"} 1' in metrics.exposition(registry)
     assert counter.value("incoming", "accepted") == 1
+    assert counter.numbers()["incoming", "accepted"] == 1
     with pytest.raises(ValueError):
         counter.inc("incoming")
 

@@ -57,10 +57,10 @@ def listen_sockets(
 
 
 def keep(descriptor: int, name: str) -> None:
-    """Let systemd hold a connection for the next process of this service (FileDescriptorStoreMax=).
+    """Let systemd hold a socket for the next process of this service (FileDescriptorStoreMax=).
 
-    It is dropped when its peer closes it. What the peer writes between two processes waits for the
-    second one, be the first killed or restarted.
+    What a peer writes between two processes waits for the second one, be the first killed or
+    restarted; and so does who connects, if it listens. A connection is dropped when its peer closes it.
     """
     notify(f"FDSTORE=1\nFDNAME={name}", descriptor)
 

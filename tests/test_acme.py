@@ -199,6 +199,16 @@ def test_a_renewal_goes_live_with_the_same_key(certified):
     session.logout()
 
 
+def test_looks_at_the_same_time_wait_for_each_other(certified):
+    """As when an operator asks while the timer does."""
+    units = [UNIT.format(how) for how in ("now", "renew", "timer", "new-key")]
+    certified.host.exec("systemctl", "start", *units, timeout=120)
+    shown = certified.host.exec("systemctl", "show", "-P", "Result", *units).out.split()
+    assert shown == ["success"] * len(units)
+    assert certified.findings()["acme"]["well"]
+    assert not certified.host.sh("ls -d /run/chatmail-acme* 2>/dev/null || true").out
+
+
 @pytest.mark.parametrize(("kind", "other"), [("AAAA", "A"), ("A", "AAAA")])
 def test_addresses_of_one_kind_suffice(certified, kind, other):
     """So the authority asks there, too."""

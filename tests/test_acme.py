@@ -207,6 +207,9 @@ def test_looks_at_the_same_time_wait_for_each_other(certified):
     assert shown == ["success"] * len(units)
     assert certified.findings()["acme"]["well"]
     assert not certified.host.sh("ls -d /run/chatmail-acme* 2>/dev/null || true").out
+    last = certified.host.read(f"/var/lib/acme/live/{DOMAIN}/cert").encode()
+    new = x509.load_pem_x509_certificate(last)
+    wait_for(lambda: certified.served() == new, GOES_LIVE, "the last certificate on all ports")
 
 
 @pytest.mark.parametrize(("kind", "other"), [("AAAA", "A"), ("A", "AAAA")])

@@ -2,14 +2,16 @@
 """`make test` as stages: run what can run at the same time, keep a log each, tell who took how long.
 
 A stage is a command. It starts when the stages it needs have passed and a slot is free; it is skipped
-when one of them has not. The results go to build/stages.json, which report.py (a pytest plugin) turns
-into the table at the end.
+when one of them has not. Not done after LIMIT, it is ended, has failed, and what it printed is shown.
+The results go to build/stages.json, which report.py (a pytest plugin) turns into the table at the end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +22,12 @@ from pathlib import Path
 from .paths import BUILD, LOGS, ROOT
 
 RESULTS = BUILD / "stages.json"
+
+#: Seconds after which a stage hangs: six times what the longest takes on two cores.
+LIMIT = 1200.0
+
+#: Seconds after which it is told what still runs, and how far it is.
+PROGRESS = 120.0
 
 #: Lines of a failed stage's log that are shown at once.
 TAIL = 80
@@ -48,21 +56,44 @@ def log_of(stage: Stage) -> Path:
     return LOGS / f"{stage.name}.log"
 
 
-def _run(stage: Stage) -> bool:
+def _last_line(path: Path) -> str:
+    """The end of a log, for the curious."""
+    lines = path.read_text(errors="replace").splitlines() or [""]
+    return lines[-1][:100]
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a stage with all it started; the namespaces of sandbox.py end with their first process."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _run(stage: Stage, limit: float, running: dict[Stage, subprocess.Popen[bytes]]) -> bool:
     with log_of(stage).open("wb") as log:
-        done = subprocess.run(
+        process = subprocess.Popen(
             stage.command,
             cwd=ROOT,
-            check=False,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            process_group=0,
         )
-    return done.returncode == 0
+        running[stage] = process
+        try:
+            return process.wait(limit) == 0
+        except subprocess.TimeoutExpired:
+            _end(process)
+            log.write(f"\nnot done after {limit:.0f} s\n".encode())
+            return False
+        finally:
+            del running[stage]
 
 
-def run_all(stages: tuple[Stage, ...] = STAGES, slots: int = 2) -> dict[str, dict[str, object]]:
+def run_all(
+    stages: tuple[Stage, ...] = STAGES, slots: int = 2, limit: float = LIMIT
+) -> dict[str, dict[str, object]]:
     """Run all stages; returns and writes {name: {"result": passed|failed|skipped, "seconds": s}}."""
     LOGS.mkdir(parents=True, exist_ok=True)
     RESULTS.unlink(missing_ok=True)
@@ -70,6 +101,7 @@ def run_all(stages: tuple[Stage, ...] = STAGES, slots: int = 2) -> dict[str, dic
     results: dict[str, dict[str, object]] = {}
     changed = threading.Condition()
     free = threading.Semaphore(slots)
+    running: dict[Stage, subprocess.Popen[bytes]] = {}
 
     def say(text: str) -> None:
         print(f"[{time.monotonic() - begin:6.1f} s] {text}", flush=True)
@@ -86,7 +118,7 @@ def run_all(stages: tuple[Stage, ...] = STAGES, slots: int = 2) -> dict[str, dic
             with free:
                 say(f"{stage.name}: {' '.join(stage.command)}")
                 start = time.monotonic()
-                result = "passed" if _run(stage) else "failed"
+                result = "passed" if _run(stage, limit, running) else "failed"
                 seconds = time.monotonic() - start
         with changed:
             say(f"{stage.name}: {result} after {seconds:.1f} s")
@@ -99,8 +131,16 @@ def run_all(stages: tuple[Stage, ...] = STAGES, slots: int = 2) -> dict[str, dic
     threads = [threading.Thread(target=work, args=(stage,), daemon=True) for stage in stages]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        while any(thread.is_alive() for thread in threads):
+            with changed:
+                if changed.wait(PROGRESS):
+                    continue
+            for stage in list(running):
+                say(f"{stage.name}: ... {_last_line(log_of(stage))}")
+    finally:
+        for process in list(running.values()):
+            _end(process)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     sys.stdout.flush()
     return results

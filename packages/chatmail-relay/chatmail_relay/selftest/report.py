@@ -21,6 +21,8 @@ from ..status import Finding
 #: what a broken relay, network or certificate makes the standard library raise
 TROUBLE = (OSError, EOFError, ValueError, smtplib.SMTPException, imaplib.IMAP4.error)
 ENDS = (signal.SIGTERM, signal.SIGHUP)
+#: after which the clock rings once more, if nothing has ended
+AGAIN_SECONDS = 1.0
 
 
 class Wrong(Exception):
@@ -136,13 +138,17 @@ def attempt(work: Callable[[], object], seconds: float) -> Ending:
 
 @contextlib.contextmanager
 def bounded(seconds: float) -> Iterator[None]:
-    """Raises OutOfTime in what is inside after *seconds*, wherever it waits. Main thread only."""
+    """Raises OutOfTime in what is inside after *seconds*, wherever it waits. Main thread only.
+
+    And again each second until it ends: an exception in a finalizer is lost, and who is about to make a
+    system call when the signal comes waits all the same.
+    """
 
     def ring(number: int, frame: FrameType | None) -> None:
         raise OutOfTime
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_SECONDS)
     try:
         yield
     finally:

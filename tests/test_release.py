@@ -361,3 +361,15 @@ def test_what_was_written_by_hand_stays_in_the_changelog(clone):
     begun = release.begun(text.replace("~dev", ""), "0.1.0")
     assert release.versions(begun) == ["0.1.0"]
     assert begun.startswith("chatmail-relay (0.2.0~dev)")
+
+
+def test_entries_of_earlier_releases_stay_as_they_are(clone):
+    older = FIRST.replace("~dev", "").replace("In development.", "First.")
+    text = FIRST.replace("0.1.0", "0.2.0").replace("In development.", "Second.") + "\n" + older
+    done = release.finished(clone, text, "0.2.0", 1.8e9)
+    head = "chatmail-relay (0.2.0) trixie; urgency=medium\n\n  * Second.\n\n"
+    author = " -- somebody <somebody@example.org>  "
+    assert done == f"{head}{author}Fri, 15 Jan 2027 08:00:00 +0000\n\n{older}"
+    head = "chatmail-relay (0.3.0~dev) trixie; urgency=medium\n\n  * In development.\n\n"
+    begun = f"{head}{author}Fri, 15 Jan 2027 08:00:01 +0000\n\n{done}"
+    assert release.begun(done, "0.2.0") == begun

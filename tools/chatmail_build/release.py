@@ -261,7 +261,7 @@ def finished(top: Path, changelog: str, version: str, now: float | None = None) 
     What was written there by hand stays; if nothing was, the subjects of all commits since the last
     release are what changed.
     """
-    match = re.match(r"(\S+) \(\S+\) (.*?)\n\n(.*?)\n( -- .*>)  .*?\n", changelog, re.DOTALL)
+    match = re.match(r"(\S+) \(\S+\) (.*?)\n\n(.*?)\n( -- [^\n]*>)  .*?\n", changelog, re.DOTALL)
     assert match, "debs.Changelog.read has looked at it"
     source, rest, changes, author = match.groups()
     if changes.strip() == _PLACEHOLDER.strip():
@@ -277,7 +277,7 @@ def finished(top: Path, changelog: str, version: str, now: float | None = None) 
 
 def told_in(news: str, changelog: str, working: str) -> str:
     """The NEWS file, with an entry for the version *working* as one for the release of *changelog*."""
-    entry = re.compile(r"(\S+ \()(\S+)(\) .*? -- .*?>  )(.*?)(?=\n)", re.DOTALL)
+    entry = re.compile(r"(\S+ \()(\S+)(\) .*? -- [^\n]*>  )(.*?)(?=\n)", re.DOTALL)
     first, made = entry.match(news), entry.match(changelog)
     if not first or not made or first[2] != working:
         return news
@@ -286,7 +286,7 @@ def told_in(news: str, changelog: str, working: str) -> str:
 
 def begun(changelog: str, released: str) -> str:
     """The changelog with an entry for the work on the version after *released*."""
-    match = re.match(r"(\S+) \(\S+\) (.*?)\n.*?\n( -- .*>)  (.*?)\n", changelog, re.DOTALL)
+    match = re.match(r"(\S+) \(\S+\) (.*?)\n.*?\n( -- [^\n]*>)  (.*?)\n", changelog, re.DOTALL)
     assert match, "finished() has made it"
     source, rest, author, date = match.groups()
     later = _date(parsedate_to_datetime(date).timestamp() + 1)  # as lintian wants it

@@ -107,8 +107,12 @@ class Traffic:
         return (
             f"{len(self.accepted)} messages, all arrived; {logins} logins, refused for at most "
             f"{self.imap.longest:.2f} s by IMAP, {self.submission.longest:.2f} s by submission; "
-            f"no message accepted for at most {self.sending.longest:.2f} s"
+            f"no message accepted for at most {self.sending.longest:.2f} s{self._refusals()}"
         )
+
+    def _refusals(self) -> str:
+        """What was said to logins that were refused, if any was."""
+        return "".join(f"; {item}" for item in sorted(self.imap.reasons | self.submission.reasons))
 
     def _log_in_by_imap(self) -> None:
         while not self._stop.wait(PAUSE):

@@ -124,7 +124,8 @@ def host(lab, releases):
     point_at(host, f"trixie/snapshots/{releases.previous}")
     answer = f"chatmail-relay chatmail-relay/mail_domain string {DOMAIN}\n"
     host.exec("debconf-set-selections", input=answer)
-    host.exec(*APT, "install", "--no-install-recommends", "chatmail-relay", timeout=300)
+    packages = ("chatmail-relay", "dovecot-chatmail")
+    host.exec(*APT, "install", "--no-install-recommends", *packages, timeout=300)
     well(host)
     limits = ("max_new_addresses_per_hour", "max_load_1m", "max_user_send_per_minute")
     host.exec("chatmail-relay", "set", *(f"{name}=100000" for name in limits))
@@ -222,7 +223,6 @@ def test_an_upgrade_from_the_last_release_loses_nothing_and_restarts_what_change
     said = done.out + done.err
     keep("upgrade from the last release", said)
     assert done.ok and "kept back" not in said, said
-    # `apt-get upgrade` would keep all back for a package that is newly recommended; these do not
     for package in ("chatmail-relay", "python3-chatmaild", "dovecot-chatmail"):
         assert installed(host, package) == ("installed", releases.current), said
     assert "ESMTP" in host.exec("postconf", "-h", "smtpd_banner").out

@@ -159,3 +159,15 @@ def test_the_page_is_that_of_the_figures():
     assert document.PAGE.read_text() == document.page(figures)
     for name in figures["results"].keys() & document.PLOTS:
         assert (document.FOLDER / f"{name}.svg").stat().st_size > 0
+
+
+def test_the_page_says_what_takes_the_time_where_a_budget_is_missed():
+    spent = {"filter": 1.25, "postfix": 2.0, "dbus": 0.001}
+    row = frame.paired_row(
+        *("x", "CPU ms", [3.25], [1.9]), budget=1.0, detail=spent, floor_detail={"postfix": 1.9}
+    )
+    result = {"title": "t", "date": "d", "machine": {}, "rows": [frame.asdict(row)]}
+    said = "\n\nx, CPU ms: postfix 2.00 (floor 1.90), filter 1.25.\n"
+    assert said in document.section("name", result)
+    kept = {**result, "rows": [{**frame.asdict(row), "budget": 2.0}]}
+    assert "filter 1.25" not in document.section("name", kept)

@@ -89,6 +89,9 @@ def section(name: str, result: dict[str, Any]) -> str:
         lines += [f"![{PLOTS[name]}](benchmarks/{name}.svg)", ""]
     lines += [f"| {' | '.join(frame.COLUMNS)} |", "| --- | ---: | --- | ---: | ---: | --- |"]
     lines += [f"| {' | '.join(frame.cells(row))} |" for row in frame.rows_of(result)]
+    for row in frame.rows_of(result):
+        if row.budget is not None and row.excess and (parts := frame.profile(row)):
+            lines += ["", f"{row.name}, {row.unit}: {parts}."]
     if "error" in result:
         lines += ["", f"**Failed**: {result['error']}"]
     return "\n".join(lines) + "\n"

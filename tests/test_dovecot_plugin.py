@@ -221,6 +221,29 @@ def test_a_reload_leaves_idle_and_hibernated_sessions(relay, mail, naps):
     session.logout()
 
 
+def watches(relay, pid):
+    """How many inotify watches a process of the relay has."""
+    return int(relay.sh(f"cat /proc/{pid}/fdinfo/* | grep -c '^inotify wd:'", check=False).out)
+
+
+def test_a_restart_takes_the_watches_of_sleepers_first(relay, mail, naps):
+    """With them the kernel ends a thousand in ten seconds, and the restart waits for it."""
+    account = mail.account()
+    session = idling(mail, account)
+    hibernated(relay, account)
+    (pid,) = relay.exec("pgrep", "-x", "imap-hibernate").out.split()
+    assert watches(relay, pid) >= 2
+    relay.exec("kill", "-STOP", pid)  # it must not end before it has been looked at
+    relay.exec("systemctl", "--no-block", "restart", "dovecot.service")
+    try:
+        wait_for(lambda: watches(relay, pid) == 0, 20, "no watches")
+    finally:
+        relay.exec("kill", "-CONT", pid)
+    while session.readline():
+        pass
+    log_in(mail)
+
+
 def test_a_restart_leaves_nothing_to_wait_for(relay, mail):
     """A session that goes on does not hold it up, and what has not changed is not looked at again."""
     session = idling(mail, mail.account())

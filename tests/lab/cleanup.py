@@ -218,7 +218,8 @@ class Run:
         for name in self.recorded("netns"):
             if (NETNS / name).exists():
                 run(["ip", "netns", "del", name], check=False)
-        wait_for(self.remove_cgroups, 10, f"removal of the cgroups of run {self.id}")
+        # the kernel takes 10 ms to close what a hibernated session of Dovecot has open
+        wait_for(self.remove_cgroups, 120, f"removal of the cgroups of run {self.id}")
         if not self.mounts():
             shutil.rmtree(self.directory, ignore_errors=True)
         restore_limits()

@@ -55,6 +55,7 @@ def test_hibernating_sessions_have_files_enough(imap, files):
     processes = sizing.hibernate_processes(imap, files)
     assert processes >= 1
     assert 2 * imap / processes <= files
+    assert imap / processes <= 1000
 
 
 def test_a_tiny_machine_gets_the_least_that_makes_sense():

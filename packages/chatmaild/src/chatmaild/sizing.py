@@ -42,6 +42,8 @@ IMAP_PER_CORE = 5000
 SMTP_PER_CORE = 500
 #: fs.inotify.max_user_instances of our sysctl file is 65535, and each hibernated session takes one.
 INOTIFY_SESSIONS = 60000
+#: Sessions of an imap-hibernate process, which itself takes 600 KiB.
+HIBERNATED_EACH = 1000
 #: Of smtpd(8) on port 25, mail from other relays: Postfix' default.
 RELAY_SESSIONS = 100
 #: Logins beyond the number of workers in the first instant after a start fail; 300 were slower.
@@ -141,8 +143,12 @@ def _front_sessions(machine: Machine) -> int:
 
 
 def hibernate_processes(imap: int, files: int) -> int:
-    """Processes of imap-hibernate, which has two files a session."""
-    return -(-2 * imap // max(files - 200, 1))
+    """Processes of imap-hibernate, which has two files a session.
+
+    A process does nothing else while the kernel closes the inotify instance of a session that wakes, which
+    takes up to 10 ms.
+    """
+    return max(-(-imap // HIBERNATED_EACH), -(-2 * imap // max(files - 200, 1)))
 
 
 def _round_down(number: int) -> int:

@@ -154,6 +154,8 @@ async def storm(args: argparse.Namespace) -> dict[str, object]:
             await asyncio.sleep(PAUSE * random.uniform(0.5, 1.5))
 
     tasks = [asyncio.create_task(come_back(client)) for client in clients]
+    while args.asleep and idle.hibernated() < len(clients):
+        await asyncio.sleep(1)
     begin = time.perf_counter()
     restart = await asyncio.create_subprocess_exec("systemctl", "restart", "dovecot")
     await restart.wait()
@@ -480,6 +482,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=20, help="messages a second")
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--senders", type=int, default=8)
+    parser.add_argument("--asleep", action="store_true", help="a storm of who hibernates")
     parser.add_argument("--nap", type=float, default=90, help="seconds until all hibernate")
     args = parser.parse_args()
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

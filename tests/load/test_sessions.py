@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 SESSIONS = 10_000
 STORM = 2_000
 STORM_SECONDS = 30
@@ -11,11 +13,13 @@ STORM_SECONDS = 30
 LOOKS = (5.0, 150.0)
 
 
-def test_a_storm_of_reconnects_after_a_restart_of_dovecot(load):
+@pytest.mark.parametrize("state", ["awake", "asleep"])
+def test_a_storm_of_reconnects_after_a_restart_of_dovecot(load, state):
     """Everybody is disconnected and comes back at the same moment, again and again until Dovecot answers."""
-    found = load.clients("storm", "--clients", str(STORM))
+    words = ["--asleep"] if state == "asleep" else []
+    found = load.clients("storm", "--clients", str(STORM), *words)
 
-    load.note(f"{STORM} reconnects after a restart", found)
+    load.note(f"{STORM} reconnects after a restart, {state}", found)
     assert found["sessions"] == STORM
     assert found["refused"] == 0, found["replies"]
     assert found["last s"] <= STORM_SECONDS

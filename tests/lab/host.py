@@ -178,6 +178,7 @@ class Host:
                 *("--register=no", "--keep-unit", "--notify-ready=yes", "--console=passive"),
                 f"--network-namespace-path={self.namespace.path}",
                 *("--capability=CAP_NET_ADMIN", "--resolv-conf=off", "--link-journal=no"),
+                "--system-call-filter=pidfd_getfd",  # as on a machine; dovecot-stop
                 f"--bind-ro={image.REPO.resolve()}:{image.INSIDE_REPO}",
                 f"--bind={self._archives}:/var/cache/apt/archives",
                 *self.arguments,

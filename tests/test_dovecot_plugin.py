@@ -236,7 +236,7 @@ def test_a_restart_takes_the_watches_of_sleepers_first(relay, mail, naps):
     count = f"cat /proc/{pid}/fdinfo/* | grep -c '^inotify wd:' || true"
     script = f"sed -n 's/^State:.\\(.\\).*/\\1/p' /proc/{pid}/status; {count}"
     relay.exec("kill", "-STOP", pid)  # it must not end before it has been looked at
-    wait_for(lambda: stopped_with(), 10, "a stopped process that watches")
+    wait_for(stopped_with, 10, "a stopped process that watches")
     relay.exec("systemctl", "--no-block", "restart", "dovecot.service")
     try:
         wait_for(lambda: stopped_with() == 0, 20, "no watches")

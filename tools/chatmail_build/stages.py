@@ -128,16 +128,13 @@ def run_all(
             results[stage.name] = {"result": result, "seconds": round(seconds, 1)}
             changed.notify_all()
 
-    threads = [threading.Thread(target=work, args=(stage,), daemon=True) for stage in stages]
-    for thread in threads:
-        thread.start()
+    for stage in stages:
+        threading.Thread(target=work, args=(stage,), daemon=True).start()
     try:
-        while any(thread.is_alive() for thread in threads):
-            with changed:
-                if changed.wait(PROGRESS):
-                    continue
-            for stage in list(running):
-                say(f"{stage.name}: ... {_last_line(log_of(stage))}")
+        with changed:
+            while not changed.wait_for(lambda: len(results) == len(stages), PROGRESS):
+                for stage in list(running):
+                    say(f"{stage.name}: ... {_last_line(log_of(stage))}")
     finally:
         for process in list(running.values()):
             _end(process)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 
 from deltachat_rpc_client import DeltaChat, Rpc
 
@@ -34,14 +36,14 @@ def delivery(bench: Bench) -> list[Row]:
     return spread_rows("250 to EXISTS", waited, (10, None))
 
 
-@measurement(4)
+@measurement(5)
 def clients(bench: Bench) -> list[Row]:
     """Two real clients on one relay: account set-up, SecureJoin, messages from one to the other."""
     bench.host  # noqa: B018  # installed before the clock runs
     return _chats(bench, "clients", (DOMAIN, DOMAIN), (70, 120))
 
 
-@measurement(4)
+@measurement(5)
 def relays(bench: Bench) -> list[Row]:
     """Two real clients on two relays, which deliver by HTTPS: the same."""
     _host, domain = bench.peer
@@ -58,6 +60,7 @@ def _chats(
     set_up: list[float] = []
     joined: list[float] = []
     waited: list[float] = []
+    busy: list[float] = []  # CPU of the program that both clients are
     with Rpc(accounts_dir=str(folder / "accounts"), rpc_server_path=str(wrapper)) as rpc:
         delta = DeltaChat(rpc)
         for _ in range(bench.rounds):
@@ -72,20 +75,30 @@ def _chats(
             chat = joiner.secure_join(code)
             joiner.wait_for_securejoin_joiner_success()
             joined.append(time.monotonic() - begin)
-            for number in range(bench.scaled(200, 5) // bench.rounds):
+            messages = bench.scaled(200, 5) // bench.rounds
+            used = _cpu_seconds(rpc)
+            for number in range(messages):
                 text = f"message {number}"
                 begin = time.monotonic()
                 chat.send_text(text)
                 while inviter.wait_for_incoming_msg().get_snapshot().text != text:
                     pass
                 waited.append(time.monotonic() - begin)
+            busy.append(1000 * (_cpu_seconds(rpc) - used) / messages)
             for account in pair:
                 account.stop_io()
     return [
         median_row("account set-up until online", "s", set_up),
         median_row("SecureJoin", "s", joined),
         *spread_rows("client to client", waited, goals),
+        median_row("of it, CPU of the clients", "CPU ms a message", busy),
     ]
+
+
+def _cpu_seconds(rpc: Rpc) -> float:
+    """What the clients' program has used, user and kernel, so far (proc(5), stat)."""
+    words = Path(f"/proc/{rpc.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _account(delta: DeltaChat, domain: str) -> Person:

@@ -32,7 +32,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from lab.host import Host
-from lab.mail import PASSWORD, TIMEOUT, Account, context
+from lab.mail import PASSWORD, TIMEOUT, Account, context, without_delay
 from lab.messages import encrypted
 from lab.network import Namespace, inside
 from lab.shell import WaitTimeout, wait_for
@@ -221,6 +221,7 @@ class MailPath:
             else:
                 session = smtplib.SMTP("127.0.0.1", port, f"mx.{FAR_DOMAIN}", TIMEOUT)
                 session.starttls(context=_context())
+        without_delay(session)
         session.ehlo()
         if self.direction.login:
             session.login(USER, PASSWORD)

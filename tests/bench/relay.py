@@ -93,9 +93,9 @@ class Bench:
         """Raw SMTP and IMAP to the relay."""
         return Mail(self.lab, self.host.address, DOMAIN)
 
-    def interleaved(self, what: Sequence[T]) -> Iterator[tuple[int, T]]:
-        """(round, item): every item once a round, each time in another order."""
-        for number in range(self.rounds):
+    def interleaved(self, what: Sequence[T], times: int = 1) -> Iterator[tuple[int, T]]:
+        """(round, item): every item once a round, each time in another order; *times* the usual rounds."""
+        for number in range(self.rounds if self.short else times * self.rounds):
             for item in random.Random(number).sample(what, len(what)):
                 yield number, item
 

@@ -72,6 +72,14 @@ def test_encrypted_mail_is_delivered_without_a_trace_of_its_way(mail, alice, bob
         assert trace not in got
 
 
+@pytest.mark.parametrize("port", [25, 465, 587])
+def test_no_session_ticket_keeps_the_first_reply_back(mail, port):
+    """With one, the kernel keeps the reply until the client has acknowledged the ticket: 40 ms."""
+    with mail.smtp(None, port) as session:
+        assert session.sock.version() == "TLSv1.3"
+        assert not session.sock.session.has_ticket
+
+
 def test_mail_from_must_be_the_login(mail, alice, bob):
     with mail.smtp(alice) as session:
         code, text = mail.send(session, bob.address, [alice.address], b"")

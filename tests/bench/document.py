@@ -34,10 +34,10 @@ HEAD = """\
 clients"` measures some things only, `tools/bench --help` lists them all. It takes about 40 minutes.
 
 **Read ratios, not times.** What a message costs is CPU time, user and kernel, of all services of the relay,
-by control group. It is measured in turns with the floor, {rounds} rounds, three times as many for messages of up to
-50 kB, and the median of the rounds' ratios counts. The *floor* is the same Postfix without any filter. *Re-injection* is a second smtpd that takes
-the message over, with no program between the two: the least that a filter costs which is a proxy. Senders
-and the sink are outside of what is counted.
+by control group. It is measured in turns with the floor, {rounds} rounds, three times as many for messages of
+up to 1 MB, and the median of the rounds' ratios counts. The *floor* is the same Postfix without any filter.
+*Re-injection* is a second smtpd that takes the message over, with no program between the two: the least that
+a filter costs which is a proxy. Senders and the sink are outside of what is counted.
 
 Times in milliseconds and rates depend on the machine and on what else runs on it. Each table says where it
 was measured, and the load average at the beginning. Above 0.5, other work shared the machine: its times

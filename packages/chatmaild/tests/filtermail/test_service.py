@@ -105,6 +105,26 @@ def test_a_peer_that_does_not_read_is_not_read_from(service):
     assert service.status("VmRSS") - before < 20_000  # kB
     other = service.session("outgoing")
     assert other.submit(encrypted_mail()).reply == ""
+    session.socket.settimeout(20)
+    missing = sent // len(packet(b"H", b"x\0")) * len(packet(b"c"))
+    while missing > 0:
+        missing -= len(session.socket.recv(1 << 16))
+    assert missing == 0
+
+
+def test_who_connects_while_descriptors_lack_is_served_later(start):
+    patch = (
+        "def accept(listening, real=service.socket.socket.accept, failures=[24, 24]):\n"
+        "    if failures:\n"
+        "        raise OSError(failures.pop(), 'Too many open files')\n"
+        "    return real(listening)\n"
+        "service.socket.socket.accept = accept\n"
+        "service.ACCEPT_RETRY = 0.1\n"
+    )
+    service = start(patch=patch)
+    service.wait_ready()
+    assert service.session("outgoing").submit(encrypted_mail()).reply == ""
+    assert service.log.read_text().count("accept: Too many open files") == 2
 
 
 def test_many_sessions_at_a_time_are_served(service):

@@ -48,8 +48,8 @@ USER, RECIPIENT = f"benchfrom@{DOMAIN}", f"benchsink@{DOMAIN}"
 WAYS = ("product", "floor", "re-injection")
 DRAIN_SECONDS = 60
 
-#: Size in bytes -> messages of one round, with 1 and with 20 a connection. A hundred is what a process of Postfix
-#: serves (max_use): every round has the same share of processes that start.
+#: Size in bytes -> messages of one round, with 1 and with 20 a connection. A hundred is what a process of
+#: Postfix serves (max_use): every round has the same share of processes that start.
 SIZES = {2_000: (100, 100), 50_000: (100, 100), 1_000_000: (20, 20), 20_000_000: (4, 20)}
 #: More rounds for messages of up to 1 MB, whose ratios differ by a tenth from one to the next.
 TIMES = 3

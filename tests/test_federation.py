@@ -563,9 +563,11 @@ def records(host):
 
 
 def way_of_mail(since, *hosts):
-    """What waits in the queues, and what was logged since, for who wants to know where a message is."""
+    """For who wants to know where a message is: queues, who waits for what, and what was logged since."""
+    look = "ps -eo pid,etimes,wchan:24,args; ss -tnp; ss -xp | grep -E 'chatmail|private/tlsmgr'; true"
     return "\n".join(
-        f"{host.name}: {waiting(host)}\n{host.journal('chatmail', f'--since=@{since:.6f}')[-4000:]}"
+        f"{host.name}: {waiting(host)}\n{host.sh(look).out[-12000:]}\n"
+        f"{host.journal('chatmail', f'--since=@{since:.6f}')[-4000:]}"
         for host in hosts
     )
 

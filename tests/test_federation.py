@@ -564,7 +564,7 @@ def records(host):
 
 def way_of_mail(since, *hosts):
     """For who wants to know where a message is: queues, who waits for what, and what was logged since."""
-    look = "ps -eo pid,etimes,wchan:24,args; ss -tnp; ss -xp | grep -E 'chatmail|private/tlsmgr'; true"
+    look = "{ ps -eo pid,etimes,wchan:24,args; ss -tnp; ss -xp | grep -E 'chatmail|tlsmgr'; } 2>&1 || true"
     return "\n".join(
         f"{host.name}: {waiting(host)}\n{host.sh(look).out[-12000:]}\n"
         f"{host.journal('chatmail', f'--since=@{since:.6f}')[-4000:]}"

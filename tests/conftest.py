@@ -5,7 +5,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ collect_ignore = [] if os.environ.get("CHATMAIL_TEST_LOAD") else ["load"]
 _counts: dict[str, int] = {}
 _largest: dict[str, tuple[float, float]] = {}  # (PSS, RSS) in MiB by unit
 measured: dict[str, str] = {}
+_labs: list[Lab] = []
 _relays: list[Host] = []  # the one of the session, once it runs
 
 
@@ -49,7 +50,9 @@ def keep(what: str, text: str) -> None:
 def lab() -> Iterator[Lab]:
     """Network, name server and client side; at its end nothing of it may be left."""
     with Lab("tests") as running:
+        _labs.append(running)
         yield running
+        _labs.remove(running)
 
 
 @pytest.fixture(scope="session")
@@ -271,6 +274,21 @@ def pytest_testnodedown(node: Any, error: object) -> None:
         measured.setdefault(what, value)
     for unit, used in told.get("largest", {}).items():
         _largest[unit] = max(tuple(used), _largest.get(unit, (0, 0)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With a failure goes how the hosts are at that moment, who waits for what: build/log has all of it."""
+    report = yield
+    if report.failed:
+        for host in (host for lab in _labs for host in lab.hosts if host.running):
+            with contextlib.suppress(LabError):
+                state = host.state(call.start)
+                keep(f"{item.name} {report.when} {host.name}", state)
+                report.sections.append((f"state of {host.name}", state[-3000:]))
+    return report
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

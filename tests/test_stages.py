@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What `make test` does before pytest: stages that pass, fail, hang, and wait for each other."""
+"""What `make test` does around tests: stages that pass, fail, hang, wait for each other; tests that hang."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,8 +11,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
-from chatmail_build import stages  # noqa: E402
+from chatmail_build import report, stages  # noqa: E402
 from chatmail_build.stages import Stage  # noqa: E402
+from lab.shell import wait_for  # noqa: E402
 
 #: Tells the number of its child, and both hang.
 HANGS = "sleep 1000 & echo $! > {pid}; echo half way; wait"
@@ -25,6 +28,14 @@ def directory(tmp_path, monkeypatch):
 
 def shell(name, script, needs=()):
     return Stage(name, ("sh", "-euc", script), needs)
+
+
+def ended(pid):
+    """Its new parent has the kernel remove it; until then it is a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def test_what_failed_is_shown_and_what_needs_it_is_skipped(directory, capfd):
@@ -55,6 +66,45 @@ def test_what_hangs_is_told_and_ended_with_all_it_started(directory, monkeypatch
     printed = capfd.readouterr().out
     assert "s] hangs: ... half way\n" in printed
     assert "    half way\n    \n    not done after 2 s\n" in printed
-    # the kernel has it removed by its new parent; until then it is a zombie
-    state = Path(f"/proc/{int(pid.read_text())}/stat")
-    assert not state.exists() or state.read_text().rpartition(") ")[2][0] == "Z"
+    wait_for(lambda: ended(int(pid.read_text())), 10, "the end of the stage's child")
+
+
+SEEDED = """
+import pytest, threading
+
+@pytest.fixture
+def stuck():
+    threading.Event().wait()
+
+def test_before():
+    pass
+
+def test_hangs():
+    threading.Event().wait()
+
+def test_waits_for_a_fixture(stuck):
+    pass
+
+def test_after():
+    pass
+"""
+
+
+def test_a_test_that_hangs_fails_and_tells_where(tmp_path):
+    (tmp_path / "test_seeded.py").write_text(SEEDED)
+    environment = {**os.environ, "PYTHONPATH": str(Path(report.__file__).parents[1])}
+    command = [sys.executable, "-m", "pytest", *report.OPTIONS]
+    assert "--timeout" in command
+    told = subprocess.run(
+        [*command, "--timeout", "1", str(tmp_path)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert told.returncode == 1
+    assert "1 failed, 2 passed, 1 error" in told.stdout
+    assert told.stdout.count("Failed: Timeout (>1.0s)") >= 2
+    for where in ("def test_hangs():", "def stuck():"):
+        assert f"    {where}\n>       threading.Event().wait()\n" in told.stdout

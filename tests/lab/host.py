@@ -74,6 +74,14 @@ shift
 exec systemd-nspawn "$@"
 """
 
+#: What a process does in the kernel, and which sockets have something that nobody has read or accepted.
+LOOK = """
+ps -eo pid,ppid,etimes,stat,wchan:24,args | grep -v '[]]$'
+echo; cat /proc/locks
+echo; ss -tnap | grep -v TIME-WAIT
+echo; ss -xlp; ss -xp | awk '$3 > 0 || /postfix|tlsmgr|anvil|auth/'
+"""
+
 
 class Host:
     """One container; `start` boots it, `exec` runs commands in it, `stop` ends and removes it."""
@@ -333,6 +341,14 @@ class Host:
         """The log of a journal namespace; "" for the system's own."""
         where = [f"--namespace={namespace}"] if namespace else []
         return self.exec("journalctl", "--no-pager", "-o", "short", *where, *arguments).out
+
+    def state(self, since: float) -> str:
+        """For who wants to know what went wrong: who waits for what, sockets, the log since a time.time()."""
+        parts = [self.sh(LOOK, check=False).out[-16000:]]
+        for namespace in ("chatmail", ""):
+            log = self.journal(namespace, f"--since=@{since:.6f}")
+            parts.append(f"log of {namespace or 'the host'}:\n{log[-6000:]}")
+        return "\n".join(parts)
 
     def wait_log(
         self, pattern: str, since: float, namespace: str = "*", timeout: float = 20

@@ -42,7 +42,7 @@ class Lab:
         self.tree = self._stack.enter_context(image.host_tree())
         image.download(self.tree)
         self.state = Run.create(purpose)
-        self._hosts: list[Host] = []
+        self.hosts: list[Host] = []
         try:
             self._mount_memory()
             self.network = Network(self.state)
@@ -91,7 +91,7 @@ class Lab:
     def disk(self, name: str, number: int, size: int = 0) -> Host:
         """The same, not booted."""
         host = Host(self.state, name, self.network.attach(name, number), self.tree, size)
-        self._hosts.append(host)
+        self.hosts.append(host)
         host.prepare()
         return host
 
@@ -106,7 +106,7 @@ class Lab:
         """Stop a host and forget it."""
         host.stop()
         self.network.detach(host.namespace)
-        self._hosts.remove(host)
+        self.hosts.remove(host)
 
     @contextlib.contextmanager
     def at_client(self) -> Iterator[Namespace]:
@@ -149,7 +149,7 @@ class Lab:
         """Stop everything in order, then make sure that nothing is left; raises LabError if it is."""
         left: list[str] = []
         try:
-            for host in reversed(self._hosts):
+            for host in reversed(self.hosts):
                 host.kill()  # nobody looks at these disks again
                 host.stop()
             self.dns.close()

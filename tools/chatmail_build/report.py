@@ -9,6 +9,14 @@ from typing import Any
 
 from .stages import RESULTS, STAGES
 
+#: Of pytest in `make test`. Two workers: most of the time of a test is waiting for daemons. A test that
+#: hangs, its fixtures included, fails after three times what the longest takes; a few failures end the run.
+OPTIONS = (
+    *("-p", "chatmail_build.report", "-p", "no:cacheprovider", "-ra"),
+    *("-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder"),
+    *("--timeout", "600", "--maxfail", "5"),
+)
+
 _start = time.monotonic()
 
 

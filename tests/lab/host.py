@@ -75,11 +75,10 @@ exec systemd-nspawn "$@"
 """
 
 #: What a process does in the kernel, and which sockets have something that nobody has read or accepted.
-LOOK = """
-ps -eo pid,ppid,etimes,stat,wchan:24,args | grep -v '[]]$'
-echo; cat /proc/locks
-echo; ss -tnap | grep -v TIME-WAIT
-echo; ss -xlp; ss -xp | awk '$3 > 0 || /postfix|tlsmgr|anvil|auth/'
+LOOK = r"""
+{ ps -eo pid,ppid,etimes,stat,wchan:20,args | grep -v '[]]$' | cut -c-110
+ss -xlp | awk '$3 > 0'; ss -xp | grep -E 'smtpd|tlsmgr|"master"|chatmail'
+ss -tnap | grep -v TIME-WAIT; cat /proc/locks; } | tr -s ' ' | sed 's/users:((//; s/))//'
 """
 
 
@@ -344,7 +343,7 @@ class Host:
 
     def state(self, since: float) -> str:
         """For who wants to know what went wrong: who waits for what, sockets, the log since a time.time()."""
-        parts = [self.sh(LOOK, check=False).out[-16000:]]
+        parts = [self.sh(LOOK, check=False).out[:16000]]
         for namespace in ("chatmail", ""):
             log = self.journal(namespace, f"--since=@{since:.6f}")
             parts.append(f"log of {namespace or 'the host'}:\n{log[-6000:]}")

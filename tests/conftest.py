@@ -287,7 +287,9 @@ def pytest_runtest_makereport(
             with contextlib.suppress(LabError):
                 state = host.state(call.start)
                 keep(f"{item.name} {report.when} {host.name}", state)
-                report.sections.append((f"state of {host.name}", state[:9000] + state[9000:][-3000:]))
+                report.sections.append(
+                    (f"state of {host.name}", state[:9000] + state[9000:][-3000:])
+                )
     return report
 
 

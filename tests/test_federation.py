@@ -50,10 +50,10 @@ def told(alpha, beta):
     """Both relays log the TLS of SMTP; in the end they are as they were."""
     before = {host: host.exec("postconf", "-n").out for host in (alpha, beta)}
     for host in before:
-        host.sh("postconf -e smtp_tls_loglevel=1 && postfix reload")
+        host.sh("postconf -e smtp_tls_loglevel=1 && systemctl reload postfix")
     yield
     for host, settings in before.items():
-        host.sh("postconf -X smtp_tls_loglevel && postfix reload")
+        host.sh("postconf -X smtp_tls_loglevel && systemctl reload postfix")
         assert host.exec("postconf", "-n").out == settings
         assert host.exec("postqueue", "-j").out == ""
 
@@ -185,13 +185,13 @@ def test_a_client_learns_that_the_other_is_gone(way, people, beta):
 def test_a_report_of_the_other_relay_is_signed_and_passes(way, alpha, beta, alpha_mail, beta_mail):
     """Of a recipient who went while the message waited there: so beta has taken it."""
     alice, gone = alpha_mail.account(), beta_mail.account()
-    beta.sh("postconf -e defer_transports=lmtp && postfix reload")
+    beta.sh("postconf -e defer_transports=lmtp && systemctl reload postfix")
     try:
         mark = submit(alpha_mail, alice, gone.address)
         wait_for(lambda: gone.address in waiting(beta), PROMPT, "the message at beta")
         beta.exec("chatmail-relay", "user", "delete", "--yes", gone.address)
     finally:
-        beta.sh("postconf -X defer_transports && postfix reload")
+        beta.sh("postconf -X defer_transports && systemctl reload postfix")
     with goes_by(way, (beta, ALPHA)):
         report = flush_until(beta, lambda: found(alpha_mail, alice, mark))
     assert re.search(rb"^From: .*MAILER-DAEMON@beta\.example", report, re.M | re.I)
@@ -417,13 +417,13 @@ def test_slow_peers_hold_up_nobody_else(alpha, alpha_mail, beta_mail, peers):
 def test_what_waited_too_long_comes_back_with_the_reason(alpha, alpha_mail, alice, peers, marks):
     lifetime = "maximal_queue_lifetime"
     before = alpha.exec("postconf", "-h", lifetime).out.strip()
-    alpha.sh(f"postconf -e {lifetime}=0 && postfix reload")
+    alpha.sh(f"postconf -e {lifetime}=0 && systemctl reload postfix")
     try:
         for domain, reason in HELD.items():
             report = flush_until(alpha, lambda: found(alpha_mail, alice, marks[domain]))
             assert reason in " ".join(report.decode().split())
     finally:
-        alpha.sh(f"postconf -e {lifetime}={before} && postfix reload")
+        alpha.sh(f"postconf -e {lifetime}={before} && systemctl reload postfix")
 
 
 @pytest.mark.parametrize(("name", "way"), [("selfsigned", "SMTP"), ("untrusted", "HTTPS")])

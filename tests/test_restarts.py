@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Dovecot ends and begins again: who wants to log in waits, and is not refused."""
+"""Dovecot ends and begins again: who wants to log in waits, and is not refused. Postfix reads anew."""
 
+import contextlib
+import smtplib
+import threading
 import time
 
+import pytest
+
 from conftest import measured
+from lab.mail import context
 from lab.shell import wait_for
 from lab.traffic import Traffic, works
 
@@ -97,3 +103,86 @@ def test_what_cannot_be_held_is_named_and_left_to_dovecot(relay, mail):
     )
     wait_for(lambda: held(relay) == len(wanted(relay)), 10, "the others")
     works(mail)
+
+
+# --- a reload of Postfix ------------------------------------------------------------------------------
+
+POSTFIX = "postfix.service"
+SILENT = 3  # seconds
+
+
+def greeted(mail, seconds):
+    """A client on 465 that has its greeting and stays; raises OSError without one."""
+    with mail.lab.at_client():
+        return smtplib.SMTP_SSL(mail.host, 465, "localhost", context=context(), timeout=seconds)
+
+
+def smtpd(relay):
+    """The one process of port 465."""
+    found = relay.sh("pgrep -f '^smtpd -n submissions '", check=False).out.split()
+    return int(found[0]) if found else 0
+
+
+def caught(relay, mail, reload):
+    """A client whose process starts while Postfix reads its settings anew."""
+    relay.exec("systemctl", "restart", POSTFIX)
+    held = []
+    client = threading.Thread(target=lambda: held.append(greeted(mail, 30)))
+    # new, it keeps a process that starts busy for two seconds
+    relay.exec("touch", "/etc/postfix/main.cf")
+    client.start()
+    pid = wait_for(lambda: smtpd(relay), 10, "the smtpd of the client")
+    relay.exec("kill", "-STOP", str(pid))
+    relay.sh(reload)
+    relay.exec("kill", "-CONT", str(pid))
+    client.join(30)
+    assert smtpd(relay) == pid
+    return held[0]
+
+
+def test_a_reload_leaves_no_port_without_answers(relay, mail):
+    with contextlib.closing(caught(relay, mail, "postfix reload")):
+        with pytest.raises(TimeoutError):  # what would be if the unit did no more
+            greeted(mail, SILENT)
+        since = time.time()
+        relay.exec("systemctl", "reload", POSTFIX)
+        greeted(mail, SILENT).quit()
+    relay.wait_log(
+        "submissions: no new smtpd was started, so 1 of before the reload", since, "chatmail"
+    )
+    works(mail)
+
+
+def test_clients_that_come_and_stay_are_greeted_while_postfix_reads_anew(relay, mail):
+    clients, over = [], threading.Event()
+
+    def come():
+        while not over.is_set():
+            clients.append(greeted(mail, 10))
+            clients[-1].noop()
+
+    with contextlib.ExitStack() as stack:
+        thread = threading.Thread(target=come)
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(over.set)
+        for _ in range(4):
+            relay.exec("systemctl", "reload", POSTFIX)
+            before = len(clients)
+            wait_for(lambda: len(clients) > before, 10, "another client")
+    for client in clients:
+        client.close()
+    assert len(clients) > 4
+    works(mail)
+
+
+def test_what_apply_changes_has_settled(relay):
+    relay.exec("chatmail-relay", "set", "max_message_size=31000000")
+    try:
+        relay.exec("chatmail-relay", "apply", timeout=120)
+        assert "31000000" in relay.exec("postconf", "message_size_limit").out
+        age = relay.sh("echo $(( $(date +%s) - $(stat -c %Y /etc/postfix/main.cf) ))").out
+        assert int(age) >= 3
+    finally:
+        relay.exec("chatmail-relay", "set", "max_message_size=31457280")
+        relay.exec("chatmail-relay", "apply", timeout=120)

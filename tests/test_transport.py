@@ -124,7 +124,7 @@ def without_smtp(*hosts):
     before = [" ".join(host.exec("postconf", "-M", "smtp/inet").out.split()) for host in hosts]
     try:
         for host in hosts:
-            host.sh("postconf -MX smtp/inet && postfix reload")
+            host.sh("postconf -MX smtp/inet && systemctl reload postfix")
             wait_for(
                 lambda host=host: (
                     ":25 " not in host.exec("cat", "/proc/net/tcp").out
@@ -141,7 +141,7 @@ def without_smtp(*hosts):
         yield
     finally:
         for host, line in zip(hosts, before, strict=True):
-            host.sh(f"postconf -M 'smtp/inet={line}' && postfix reload")
+            host.sh(f"postconf -M 'smtp/inet={line}' && systemctl reload postfix")
             assert host.exec("chatmail-relay", "diff").out == ""
 
 

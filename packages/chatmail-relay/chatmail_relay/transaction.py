@@ -17,12 +17,14 @@ from __future__ import annotations
 import json
 import os
 import stat
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 STAGED = ".chatmail-new"
 SAVED = ".chatmail-old"
+SETTLED = 3  # seconds that a file written here looks older
 
 
 class TransactionError(Exception):
@@ -175,6 +177,8 @@ def _write(path: Path, change: Change) -> None:
             os.fchown(descriptor, change.uid, change.gid)
         os.fchmod(descriptor, change.mode)
         file.flush()
+        # Postfix reads a file that is younger than two seconds again and again until it has settled
+        os.utime(descriptor, (time.time() - SETTLED,) * 2)
         os.fsync(descriptor)
 
 

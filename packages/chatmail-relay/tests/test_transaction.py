@@ -4,6 +4,7 @@
 import errno
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,12 @@ def test_all_changes_are_made_and_nothing_is_left_beside_them(tmp_path):
     assert tree(files) == NEW_TREE
     assert (files / "a.conf").stat().st_mode & 0o777 == 0o600
     assert tree(state) == {}
+
+
+def test_what_was_written_looks_settled_to_postfix(tmp_path):
+    make_files(tmp_path)
+    Transaction(tmp_path / "state").run([change(tmp_path / "a.conf", b"new a\n")])
+    assert 3 <= time.time() - (tmp_path / "a.conf").stat().st_mtime < 60
 
 
 def test_a_kill_at_any_system_call_leaves_all_or_nothing(tmp_path):

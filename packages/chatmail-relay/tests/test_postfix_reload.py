@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
 """The reload of postfix.service, without Postfix; tests/test_restarts.py has it with."""
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import os
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +23,7 @@ def program(monkeypatch):
     module = importlib.util.module_from_spec(
         importlib.util.spec_from_loader("postfix_reload", loader)
     )
+    monkeypatch.setitem(sys.modules, "postfix_reload", module)  # for its dataclass
     loader.exec_module(module)
     monkeypatch.setattr(module, "PAUSES", (0.0,) * 100)
     monkeypatch.setattr(module, "LEAVE_SECONDS", 0.01)
@@ -30,54 +33,52 @@ def program(monkeypatch):
 
 
 class Master:
-    """A master(8): it starts a process for who connects, unless it takes *phantom* for a free one."""
+    """A master(8) after a reload: it starts a process for who connects, but takes *phantom* for a free one."""
 
     def __init__(self, program, monkeypatch, old, phantom):
-        self.servers, self.phantom, self.ended = dict(old), phantom, []
+        self.ended, self._phantom, self._waiting = [], phantom, False
+        self._new = program.Server
+        self.servers = [program.Server(begun, 100 + begun, "submissions", True) for begun in old]
         self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.settimeout(0)
         monkeypatch.setattr(program, "servers", self._look)
         monkeypatch.setattr(program, "address", lambda _service: self._listener.getsockname())
         monkeypatch.setattr(program.os, "kill", self._end)
 
     def _look(self, master):
         assert master == MASTER
-        self._listener.settimeout(0)
-        try:
+        with contextlib.suppress(BlockingIOError):
             self._listener.accept()
             self._waiting = True
-        except BlockingIOError:
-            pass
-        if getattr(self, "_waiting", False) and self.phantom not in self.servers:
-            self.servers[999, 999] = "submissions"
-        return dict(self.servers)
+        if self._waiting and self._phantom not in [server.pid for server in self.servers]:
+            self.servers.append(self._new(999, 999, "submissions", False))
+            self._waiting = False
+        return self.servers
 
     def _end(self, pid, _signal):
         self.ended.append(pid)
-        self.servers = {one: name for one, name in self.servers.items() if one[1] != pid}
-
-
-OLD = {(begun, 100 + begun): "submissions" for begun in range(10)}
+        self.servers = [server for server in self.servers if server.pid != pid]
 
 
 def test_who_is_forgotten_is_ended_the_youngest_first(program, monkeypatch, capsys):
-    master = Master(program, monkeypatch, OLD, (7, 107))
-    program.wake(MASTER, OLD)
+    master = Master(program, monkeypatch, range(10), 107)
+    program.wake(MASTER)
     assert master.ended == [109, 108, 107]
-    assert (999, 999) in master.servers
+    assert [server.pid for server in master.servers] == [*range(100, 107), 999]
     assert "submissions: no new smtpd was started, so 3 of before" in capsys.readouterr().out
 
 
 def test_where_all_is_well_nobody_is_ended(program, monkeypatch, capsys):
-    master = Master(program, monkeypatch, OLD, None)
-    program.wake(MASTER, OLD)
-    assert master.ended == [] and (999, 999) in master.servers
+    master = Master(program, monkeypatch, range(10), None)
+    program.wake(MASTER)
+    assert master.ended == [] and len(master.servers) == 11
     assert capsys.readouterr().out == ""
 
 
 def test_where_no_client_stayed_nobody_connects(program, monkeypatch):
-    master = Master(program, monkeypatch, {}, None)
-    program.wake(MASTER, OLD)
-    assert master.ended == [] and master.servers == {}
+    master = Master(program, monkeypatch, [], None)
+    program.wake(MASTER)
+    assert master.ended == [] and master.servers == []
 
 
 @pytest.mark.parametrize(
@@ -111,4 +112,4 @@ def test_only_what_is_new_gets_a_time_of_before(program, tmp_path):
 
 
 def test_only_processes_of_that_master_count(program):
-    assert program.servers(os.getpid()) == {}
+    assert program.servers(os.getpid()) == []

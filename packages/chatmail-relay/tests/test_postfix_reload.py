@@ -33,7 +33,7 @@ def program(monkeypatch):
 
 
 class Master:
-    """A master(8) after a reload: it starts a process for who connects, but takes *phantom* for a free one."""
+    """A master(8) after a reload: starts a process for who connects, but takes *phantom* for a free one."""
 
     def __init__(self, program, monkeypatch, old, phantom):
         self.ended, self._phantom, self._waiting = [], phantom, False

@@ -16,6 +16,7 @@ from .transaction import Change
 
 CONFIG_DIR = "/etc/postfix"
 FILES = ("main.cf", "master.cf")
+AGE = 3  # seconds: each process that starts reads a file of the last two again and again until it has settled
 
 
 class PostfixError(Exception):
@@ -99,7 +100,7 @@ class Staging:
             except FileNotFoundError:
                 mode, uid, gid = 0o644, 0, 0
             content = (self.folder / name).read_bytes()
-            changes.append(Change(dest, content, mode, uid, gid))
+            changes.append(Change(dest, content, mode, uid, gid, AGE))
         return changes
 
 

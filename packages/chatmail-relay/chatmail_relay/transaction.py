@@ -24,7 +24,6 @@ from pathlib import Path
 
 STAGED = ".chatmail-new"
 SAVED = ".chatmail-old"
-SETTLED = 3  # seconds that a file written here looks older
 
 
 class TransactionError(Exception):
@@ -33,13 +32,17 @@ class TransactionError(Exception):
 
 @dataclass(frozen=True)
 class Change:
-    """The wanted state of one file: *content* None means that it must not exist."""
+    """The wanted state of one file: *content* None means that it must not exist.
+
+    *age*: seconds that its time of modification lies back.
+    """
 
     dest: Path
     content: bytes | None
     mode: int = 0o644
     uid: int = 0
     gid: int = 0
+    age: float = 0
 
     @property
     def staged(self) -> Path:
@@ -177,8 +180,8 @@ def _write(path: Path, change: Change) -> None:
             os.fchown(descriptor, change.uid, change.gid)
         os.fchmod(descriptor, change.mode)
         file.flush()
-        # Postfix reads a file that is younger than two seconds again and again until it has settled
-        os.utime(descriptor, (time.time() - SETTLED,) * 2)
+        if change.age:
+            os.utime(descriptor, (time.time() - change.age,) * 2)
         os.fsync(descriptor)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ HOW_TO_GO_ON = (
 )
 #: Commands for which a relay without a mail domain is no failure.
 _WELL_UNCONFIGURED = ("apply", "certificate", "configure", "recover", "unapply")
+QUIET_SECONDS = 1.0  # for all files of a certificate to be in place
 INTERRUPTED = 130  # exit status of who is ended by Ctrl-C, as of a shell
 ERRORS = (
     ConfigError,
@@ -235,7 +237,12 @@ def _status(paths: Paths, options: argparse.Namespace) -> int:
 
 
 def _certificate(paths: Paths, options: argparse.Namespace) -> int:
-    new = take_certificate(paths)
+    # chatmail-certificate.path starts this with the first of several changes, and systemd forgets those that
+    # come while it runs: hence the pause, and another look after each reload, which may take seconds
+    time.sleep(QUIET_SECONDS)
+    new = again = take_certificate(paths)
+    while again:
+        again = take_certificate(paths)
     text = "a new certificate is served" if new else "the newest certificate is served already"
     _print(options, {"new": new}, [f"chatmail-relay: {text}"])
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from chatmail_relay import apply as brain
-from chatmail_relay import certificate, systemd
+from chatmail_relay import certificate, cli, systemd
 from chatmail_relay.cli import main
 from chatmail_relay.errors import CertificateError
 from chatmail_relay.paths import Paths
@@ -83,6 +83,7 @@ def root(tmp_path, monkeypatch):
     (folder / "component.toml").write_text(TOML)
     (folder / "toy.conf.j2").write_text("cert={{ tls_cert }}\nkey={{ tls_key }}\n")
     (folder / "settings.j2").write_text("{{ settings_file }}")
+    monkeypatch.setattr(cli, "QUIET_SECONDS", 0)
     if os.geteuid() != 0:  # the package build is not root
         monkeypatch.setattr("chatmail_relay.transaction.os.geteuid", lambda: 1)
     return tmp_path
@@ -132,6 +133,27 @@ def test_a_new_certificate_is_a_reload_and_nothing_else(root, reloads):
     assert (root / "etc/toy/toy.conf").read_text() == before
     assert run(root, "certificate") == 0
     assert reloads == [("toy.service", "reload")]
+
+
+def test_another_certificate_during_the_reload_is_served_too(root, reloads, monkeypatch):
+    """systemd starts nothing for a change that comes while the service runs."""
+    configure(root, "tls=acme")
+    first, second = make(), make()
+    put(root, *first)
+    monkeypatch.setattr(systemd, "activate", lambda _unit, _action: put(root, *second))
+    assert run(root, "certificate") == 0
+    assert served(root) == second
+
+
+def test_a_key_that_comes_after_its_certificate_is_waited_for(root, monkeypatch):
+    good, new = make(), make()
+    put(root, *good, folder="etc/mine")
+    paths = "tls_external_cert_and_key=/etc/mine/fullchain /etc/mine/privkey"
+    assert configure(root, "tls=external", paths) == 0
+    put(root, new[0], good[1], folder="etc/mine")
+    monkeypatch.setattr(cli.time, "sleep", lambda _seconds: put(root, *new, folder="etc/mine"))
+    assert run(root, "certificate") == 0
+    assert served(root) == new
 
 
 def test_the_key_is_private_and_no_old_pair_stays(root):

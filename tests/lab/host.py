@@ -77,6 +77,7 @@ exec systemd-nspawn "$@"
 #: What a process does in the kernel, and which sockets have something that nobody has read or accepted.
 LOOK = r"""
 { ps -eo pid,ppid,etimes,stat,wchan:20,args | grep -v '[]]$' | cut -c-110
+systemctl list-units --all --plain --no-legend 'chatmail*' dovecot* postfix* nginx*
 ss -xlp | awk '$3 > 0'; ss -xp | grep -E 'smtpd|tlsmgr|"master"|chatmail'
 ss -tnap | grep -v TIME-WAIT; cat /proc/locks; } | tr -s ' ' | sed 's/users:((//; s/))//'
 """

@@ -199,6 +199,16 @@ def test_a_renewal_goes_live_with_the_same_key(certified):
     session.logout()
 
 
+def test_a_renewal_that_systemd_missed_goes_live(certified):
+    old = certified.served()
+    certified.host.exec("systemctl", "stop", "chatmail-certificate.path")
+    try:
+        assert certified.look("renew")["well"]
+        assert certified.wait_new(old).serial_number != old.serial_number
+    finally:
+        certified.host.exec("systemctl", "start", "chatmail-certificate.path")
+
+
 def test_looks_at_the_same_time_wait_for_each_other(certified):
     """As when an operator asks while the timer does."""
     units = [UNIT.format(how) for how in ("now", "renew", "timer")]

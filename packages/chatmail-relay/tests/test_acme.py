@@ -32,13 +32,14 @@ def acme(tmp_path, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(__import__("sys").modules, "acme", module)  # dataclasses look there
     loader.exec_module(module)
-    for name in ("SETTINGS", "STATE", "RESPONSES", "ACME", "CHALLENGES"):
+    for name in ("SETTINGS", "STATE", "RESPONSES", "ACME", "CHALLENGES", "SERVED"):
         path = tmp_path / name.lower()
         monkeypatch.setattr(module, name, path)
     module.ACME.mkdir()
     module.zone = {DOMAIN: {"192.0.2.1", "2001:db8::1"}}
     module.said = ""  # what acmetool prints; it fails if that is not empty
     module.asked = []
+    module.taken = 0  # how often systemd was told to have it served
     module.shows = lambda token: token
 
     def addresses(name):
@@ -48,6 +49,9 @@ def acme(tmp_path, monkeypatch):
         return found
 
     def acmetool(command, **options):
+        if command == module.TAKE:
+            module.taken += 1
+            return
         target = module.ACME / "desired" / command[-1]
         module.asked.append(json.loads(target.read_text().split("\n", 1)[1]))
         module.answers = json.loads(module.RESPONSES.read_text())
@@ -228,6 +232,20 @@ def test_a_renewal_keeps_the_key_and_a_failure_the_certificate(acme):
     acme.said = ""
     run(acme, "renew")
     assert link.resolve() != first and (first / "revoked").exists()
+
+
+def test_what_systemd_missed_is_handed_over_at_the_next_look(acme):
+    assert acme.main(["now"]) == 0 and acme.taken == 0
+    newest = acme.live(DOMAIN) / "fullchain"
+    newest.write_text("new")
+    assert (
+        acme.main(["timer"]) == 0 and acme.taken == 0
+    )  # nothing is served, the relay is being set up
+    acme.SERVED.write_text("old")
+    assert acme.main(["timer"]) == 0 and acme.taken == 1
+    acme.SERVED.write_text("new")
+    assert acme.main(["timer"]) == 0 and acme.taken == 1
+    assert len(acme.asked) == 1
 
 
 def test_a_new_key_is_made_when_it_is_wanted(acme):

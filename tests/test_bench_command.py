@@ -4,6 +4,8 @@
 import json
 import re
 
+import pytest
+
 from conftest import DOMAIN, measured
 from lab.shell import wait_for
 from test_selftest import started
@@ -88,22 +90,37 @@ def test_the_limit_on_new_addresses_is_named(relay):
     assert mailboxes(relay) == before
 
 
-def test_after_its_time_nothing_stays(relay):
+@pytest.fixture(scope="module")
+def unlimited(relay):
+    """Nobody is told to wait: what is measured goes on until it is ended, however fast the machine is."""
+    names = ("max_user_send_burst_size", "max_user_send_per_minute")
+    usual = [f"{name}={relay.exec('chatmail-relay', 'get', name).out.strip()}" for name in names]
+    for settings in ([f"{name}=100000" for name in names], usual):
+        relay.exec("chatmail-relay", "set", *settings)
+        relay.exec("chatmail-relay", "apply", timeout=120)
+        if settings != usual:
+            yield
+
+
+LONG = ("--rounds=20", "--messages=100")
+
+
+def test_after_its_time_nothing_stays(relay, unlimited):
     before = mailboxes(relay)
-    status, rows = bench(relay, "delivery", "submission", "--timeout=0.7", "--messages=100")
+    status, rows = bench(relay, "delivery", "submission", "--timeout=0.7", *LONG)
     assert status == 1
     assert {row["trouble"] for row in rows.values()} == {"not done after 0.7 s"}
     assert mailboxes(relay) == before
 
 
-def test_after_an_interruption_nothing_stays(relay):
+def test_after_an_interruption_nothing_stays(relay, unlimited):
     before = mailboxes(relay)
-    running, process = started(relay, "bench", "delivery", "--messages=100")
+    running, process = started(relay, "bench", "delivery", *LONG)
     wait_for(lambda: len(mailboxes(relay) - before) > 1, 30, "a sender")
     relay.exec("kill", "-INT", process)
     out, err = running.communicate(timeout=60)
     assert running.returncode == 130 and "interrupted, cleaning up" in err
-    assert out.splitlines()[-1] == "delivery: after 0 rounds: interrupted"
+    assert re.fullmatch(r"delivery: after 1?\d rounds: interrupted", out.splitlines()[-1])
     assert mailboxes(relay) == before
 
 

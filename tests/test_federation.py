@@ -155,7 +155,11 @@ def group(people):
     for name in ("arne", "ben", "bea"):
         chats[name] = people[name].secure_join(code)
         people[name].wait_for_securejoin_joiner_success()
-    wait_for(lambda: len(chats["ben"].get_contacts()) == len(chats), PROMPT, "the group")
+    # who does not know a member yet sends him nothing
+    for name, chat in chats.items():
+        wait_for(
+            lambda chat=chat: len(chat.get_contacts()) == len(chats), PROMPT, f"{name}'s group"
+        )
     return chats
 
 

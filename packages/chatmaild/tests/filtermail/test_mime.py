@@ -3,6 +3,7 @@
 
 import base64
 import quopri
+import random
 import tracemalloc
 
 import pytest
@@ -365,3 +366,14 @@ def test_the_sentence_before_the_parts_is_accepted_from_others_only(before, afte
 def test_nothing_else_is_accepted_there(preamble, chunk):
     mail = header() + multipart(VERSION_PART, DATA_HEADER + armor(encrypted()), preamble=preamble)
     assert judge(mail, True, chunk) is None
+
+
+def test_a_delimiter_is_found_where_it_is_however_many_dashes_stand_before_it():
+    line, choose = b"\n--" + B, random.Random(1)
+    for dashes in (0, 1, mime.MAX_DASHES - 2, mime.MAX_DASHES, 3 * mime.MAX_DASHES):
+        for _ in range(200):
+            pieces = [b"-", b"\n-", b"\n--", line[:-1]] * dashes + [b"A", b"\r\n"] * 9
+            pieces += [line] * choose.randrange(3)
+            choose.shuffle(pieces)
+            data = b"".join(pieces)
+            assert mime._find(data, line) == data.find(line), data

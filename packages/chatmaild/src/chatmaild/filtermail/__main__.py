@@ -166,7 +166,9 @@ class Server:
             connected.close()
             return
         connected.setblocking(False)
-        self.sessions.add(_Connection(self, handler(self.policy), connected))
+        session = _Connection(self, handler(self.policy), connected)
+        self.sessions.add(session)
+        session.readable()  # the MTA does not wait before it says the first word
 
     def ended(self, session: _Connection) -> None:
         self.sessions.discard(session)
@@ -227,7 +229,8 @@ class _Connection:
         else:
             self.abort()
 
-    def _readable(self) -> None:
+    def readable(self) -> None:
+        """Read what there is, and answer."""
         assert self._socket is not None
         try:
             octets = self._socket.recv_into(self._server.buffer)
@@ -339,7 +342,7 @@ class _Connection:
         if wanted != self._reading:
             self._reading = wanted
             if wanted:
-                self._loop.add_reader(connected, self._readable)
+                self._loop.add_reader(connected, self.readable)
             else:
                 self._loop.remove_reader(connected)
 

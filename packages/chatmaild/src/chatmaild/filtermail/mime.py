@@ -25,6 +25,7 @@ MAX_CONTENT_TYPE = 2000  # octets of one Content-Type field
 MAX_BOUNDARY = 200  # RFC 2046 allows 70
 MAX_PADDING = 80  # blanks after a delimiter
 MAX_PREAMBLE = 200  # of the sentence, with blanks behind it
+MAX_DASHES = 64  # looked at one by one in search of a delimiter
 MAX_SMALL = 16384  # octets of what is kept: a part's header, a part with a fixed text
 
 _BLANK = b" \t\r\n"
@@ -90,6 +91,16 @@ def _delimiter(content_type: ContentType) -> bytes:
         if line.startswith(delimiter) or delimiter.startswith(line):
             raise MimeError("boundary looks like armor")
     return delimiter
+
+
+def _find(data: bytes, line: bytes) -> int:
+    """As data.find(line), for LF and "--...": base64 has no "-", and one octet is found 30 times as fast."""
+    dash = 0
+    for _ in range(MAX_DASHES):
+        dash = data.find(b"-", dash + 1)
+        if dash < 0 or data.startswith(line, dash - 1):
+            return max(dash - 1, -1)
+    return data.find(line, dash)
 
 
 class _Sink(Protocol):
@@ -218,7 +229,7 @@ class MimeCheck:
         if self._line_start and data.startswith(delimiter):
             at = 0
         else:
-            at = data.find(b"\n" + delimiter) + 1 or -1
+            at = _find(data, b"\n" + delimiter) + 1 or -1
         if at < 0:
             last = data.rfind(b"\n") + 1
             if (last or self._line_start) and delimiter.startswith(data[last:]):

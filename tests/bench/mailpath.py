@@ -263,7 +263,6 @@ def path(bench: Bench, direction: Direction) -> Iterator[MailPath]:
     finally:
         sink.close()
         bench.host.exec("postconf", "-M", "-X", *names)
-        bench.host.exec("postconf", "-X", "in_flow_delay")
         bench.host.exec("chatmail-relay", "apply", timeout=120)
         healthy(bench.host)
 
@@ -281,8 +280,7 @@ def _add_services(host: Host, direction: Direction) -> list[str]:
         host.exec("postconf", "-M", f"{name}={text}")
     usual = host.exec("postconf", "-h", "transport_maps").out.strip()
     maps = f"inline:{{ {direction.recipient}=benchsink:[127.0.0.1]:{SINK_PORT} }} {usual}"
-    # Postfix' own brake, for senders that are faster than the disk, would stop some at random
-    host.exec("postconf", f"transport_maps={maps}", "in_flow_delay=0")
+    host.exec("postconf", f"transport_maps={maps}")
     # not a reload: for a moment, processes with the old settings would still take messages
     host.exec("systemctl", "restart", "postfix.service")
     return list(made)

@@ -8,6 +8,7 @@ import re
 import smtplib
 import socket
 import ssl
+import time
 
 import pytest
 from conftest import DOMAIN, measured
@@ -182,30 +183,59 @@ def test_no_log_names_a_user_or_the_address_of_a_client(relay, mail, lab):
     assert shown.out == ""
 
 
-def test_the_counter_of_connections_never_tells_whom_it_counted(relay, mail):
-    """anvil(8) does as it ends, when the filter of its unit may be gone; so without any filter here."""
+@pytest.fixture
+def unfiltered(relay):
+    """Postfix' lines as they are, without the patterns of its unit."""
+    override = "/run/systemd/system/postfix.service.d/zz-unfiltered.conf"
+    relay.write(override, "[Service]\nLogFilterPatterns=\n")
+    relay.sh("systemctl daemon-reload; systemctl restart postfix")
+    since = time.time()
+
+    def entries():
+        relay.exec("journalctl", "--namespace=chatmail", "--sync")
+        lines = relay.journal("chatmail", "-u", "postfix", f"--since=@{since:.6f}", "-o", "json")
+        return [json.loads(line) for line in lines.splitlines()]
+
+    yield entries
+    relay.exec("rm", override)
+    relay.sh("systemctl daemon-reload; systemctl restart postfix")
+
+
+def test_who_names_somebody_logs_by_way_of_a_process_that_stays(unfiltered, mail):
+    """journald must find the unit of each line: one who logs and ends may be gone when it looks."""
+    from lab.messages import encrypted
+
+    alice, bob, nobody = mail.account(), mail.account(), mail.new_address()
+    with mail.smtp(alice) as session:
+        for recipient in (bob, nobody):
+            text = encrypted(alice.address, recipient.address)
+            assert mail.send(session, alice.address, [recipient.address], text)[0] == 250
+    with mail.smtp(None, 25) as session:
+        assert mail.send(session, "x@far.example", [nobody.address], b"")[0] == 550
+    wait_for(lambda: mail.received(alice) and mail.received(bob), 30, "the message, and the bounce")
+    names = re.compile(r"unknown\[|(from|to|orig_to|message-id)=<[^>]")
+    named = [entry for entry in unfiltered() if names.search(entry["MESSAGE"])]
+    programs = {entry["SYSLOG_IDENTIFIER"].rpartition("/")[2] for entry in named}
+    assert programs >= {"smtpd", "cleanup", "qmgr", "lmtp"}
+    assert {entry.get("_COMM") for entry in named} == {"postlogd"}
+
+
+def test_the_counter_of_connections_never_tells_whom_it_counted(unfiltered, relay, mail):
+    """anvil(8) does as it ends, so when Postfix reloads."""
 
     def pids():
         # Dovecot has one, too
         return set(relay.exec("pgrep", "-f", "^anvil -l", check=False).out.split())
 
-    unfiltered = "/run/systemd/system/postfix.service.d/zz-unfiltered.conf"
-    relay.write(unfiltered, "[Service]\nLogFilterPatterns=\n")
-    relay.sh("systemctl daemon-reload; systemctl restart postfix")
-    try:
-        mail.account()
-        for _ in range(3):
-            mail.smtp(None, 25).quit()
-        (counter,) = pids()
-        relay.exec("systemctl", "reload", "postfix")
-        wait_for(lambda: counter not in pids(), 20, "the old anvil's end")
-        relay.exec("journalctl", "--namespace=chatmail", "--sync")
-        lines = relay.exec("journalctl", "--namespace=chatmail", "-u", "postfix").out.splitlines()
-        assert any("disconnect from unknown[10.77.0." in line for line in lines)
-        assert [line for line in lines if "/anvil[" in line] == []
-    finally:
-        relay.exec("rm", unfiltered)
-        relay.sh("systemctl daemon-reload; systemctl restart postfix")
+    mail.account()
+    for _ in range(3):
+        mail.smtp(None, 25).quit()
+    (counter,) = pids()
+    relay.exec("systemctl", "reload", "postfix")
+    wait_for(lambda: counter not in pids(), 20, "the old anvil's end")
+    found = unfiltered()
+    assert any("disconnect from unknown[10.77.0." in entry["MESSAGE"] for entry in found)
+    assert [entry for entry in found if entry.get("SYSLOG_IDENTIFIER", "").endswith("/anvil")] == []
 
 
 def test_our_daemons_log_into_the_relay_s_namespace_alone(relay):

@@ -220,13 +220,13 @@ def _plan_postfix(
         staging.set_main(want_main)
         staging.set_master(want_master)
         changes = [change for change in staging.changes() if differs(change)]
+        # inet services and their process limits are read by a restart only; options by each new process
+        ports = [postfix.ports(lines) for lines in (master, staging.master_lines())]
     plan.changes += changes
-    for change in changes:
-        for component in components:
-            if component.postconf or component.master:
-                # inet services and their process limits are read by a restart only
-                restart = change.dest.name == "master.cf" or _needs_restart(main, want_main)
-                _need(plan, component, "restart" if restart else component.activate)
+    restart = ports[0] != ports[1] or _needs_restart(main, want_main)
+    for component in components:
+        if changes and (component.postconf or component.master):
+            _need(plan, component, "restart" if restart else component.activate)
 
 
 def _needs_restart(main: dict[str, str], wanted: dict[str, str | None]) -> bool:

@@ -104,6 +104,15 @@ class Staging:
         return changes
 
 
+def ports(master_lines: Mapping[str, str]) -> dict[str, list[str]]:
+    """Services of master.cf that listen on the network, each as its first eight words, without options."""
+    return {
+        service: line.split()[:8]
+        for service, line in master_lines.items()
+        if service.endswith("/inet")
+    }
+
+
 def is_installed(paths: Paths) -> bool:
     """Whether there is a Postfix to configure (it may have been purged before us)."""
     return shutil.which("postconf") is not None and os.path.isdir(paths.real(CONFIG_DIR))

@@ -13,6 +13,7 @@ import time
 import pytest
 from conftest import DOMAIN, measured
 from lab.mail import Account, Mail, context
+from lab.messages import cleartext, encrypted
 from lab.shell import wait_for
 
 
@@ -143,8 +144,6 @@ def test_an_existing_certificate_is_served_on_every_port(relay, mail, lab):
 
 def test_no_log_names_a_user_or_the_address_of_a_client(relay, mail, lab):
     """Of all tests before this one, and of what follows."""
-    from lab.messages import cleartext, encrypted
-
     for via in (mail, Mail(lab, relay.namespace.ipv6, DOMAIN)):
         alice, bob, nobody = via.account(), via.account(), via.new_address()
         for port in (465, 587, 443):
@@ -203,8 +202,6 @@ def unfiltered(relay):
 
 def test_who_names_somebody_logs_by_way_of_a_process_that_stays(unfiltered, mail):
     """journald must find the unit of each line: one who logs and ends may be gone when it looks."""
-    from lab.messages import encrypted
-
     alice, bob, nobody = mail.account(), mail.account(), mail.new_address()
     with mail.smtp(alice) as session:
         for recipient in (bob, nobody):

@@ -220,10 +220,10 @@ def _plan_postfix(
         staging.set_main(want_main)
         staging.set_master(want_master)
         changes = [change for change in staging.changes() if differs(change)]
-        # inet services and their process limits are read by a restart only; options by each new process
-        ports = [postfix.ports(lines) for lines in (master, staging.master_lines())]
     plan.changes += changes
-    restart = ports[0] != ports[1] or _needs_restart(main, want_main)
+    # options in master.cf are read by each new process
+    new_ports = postfix.ports(master) != postfix.ports(master | want_master)
+    restart = new_ports or _needs_restart(main, want_main)
     for component in components:
         if changes and (component.postconf or component.master):
             _need(plan, component, "restart" if restart else component.activate)

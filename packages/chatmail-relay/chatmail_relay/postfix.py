@@ -104,12 +104,15 @@ class Staging:
         return changes
 
 
-def ports(master_lines: Mapping[str, str]) -> dict[str, list[str]]:
-    """Services of master.cf that listen on the network, each as its first eight words, without options."""
+def ports(master_lines: Mapping[str, str | None]) -> dict[str, list[str]]:
+    """Services of master.cf that listen on the network, each as its first eight words, without options.
+
+    A line that is None is that of no service.
+    """
     return {
         service: line.split()[:8]
         for service, line in master_lines.items()
-        if service.endswith("/inet")
+        if line is not None and service.endswith("/inet")
     }
 
 

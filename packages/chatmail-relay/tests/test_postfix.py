@@ -18,6 +18,8 @@ BEFORE = {
         ("lmtp/unix", "lmtp unix - - y - 9 lmtp", True),
         ("smtp/inet", "smtp inet n - y - 51 smtpd -o a=1", False),
         ("submission/inet", "submission inet n - y - - smtpd", False),
+        ("smtp/inet", None, False),
+        ("submission/inet", None, True),
     ],
 )
 def test_options_and_unix_sockets_are_no_change_of_ports(service, line, same):
